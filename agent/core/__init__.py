@@ -1,0 +1,1 @@
+"""Types, errors and time. Imports nothing else of ours."""

@@ -1,0 +1,161 @@
+"""Every exception that crosses a module border.
+
+    EdgeAgentError
+    ├── ConfigError            the configuration or the catalogue cannot be used
+    ├── InferenceError         what a caller is told when there is no answer (has a code and an HTTP status)
+    │   ├── InvalidRequest     400  names the field, what was found, what is allowed
+    │   ├── UnknownModel       404
+    │   ├── Overloaded         429  a bounded queue is full
+    │   ├── Unavailable        503  every target failed or none could be asked, and nothing is cached
+    │   └── DeadlineExceeded   504  time ran out, and nothing is cached
+    ├── TargetError            why one attempt on one target failed; routing goes on to the next target
+    │   ├── TargetUnavailable  cannot be asked now (unplugged, disconnected, no such model there)
+    │   ├── TargetBusy         its queue or window is full
+    │   ├── TargetTimeout      no answer in the time it was given
+    │   └── TargetFailed       it answered with an error, or its runtime raised
+    ├── LinkError              a connection was lost or could not be opened
+    └── ProtocolError          the peer sent something the protocol does not allow
+
+Errors are translated once, at the seam: routing never sees a `SerialException`, a caller never sees a `TargetError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agent.core.types import Attempt
+
+
+class EdgeAgentError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(EdgeAgentError):
+    """A configuration or catalogue that cannot be used.
+
+    `problems` holds one line for each fault: file, path of the key, what was found, what is allowed.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class InferenceError(EdgeAgentError):
+    """A described refusal. `attempts` and `reasons` are filled in by the pipeline."""
+
+    code = "internal"
+    http_status = 500
+
+    def __init__(self, message: str, *, field: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.retry_after_s = retry_after_s
+        self.request_id: str | None = None
+        self.attempts: tuple[Attempt, ...] = ()
+        self.reasons: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The error as every door shows it: plain JSON types."""
+        error: dict[str, Any] = {"code": self.code, "message": self.message}
+        if self.field is not None:
+            error["field"] = self.field
+        if self.retry_after_s is not None:
+            error["retry_after_s"] = self.retry_after_s
+        return {
+            "request_id": self.request_id,
+            "error": error,
+            "attempts": [attempt.to_dict() for attempt in self.attempts],
+            "reasons": list(self.reasons),
+        }
+
+
+class InvalidRequest(InferenceError):
+    """The request itself is wrong; asking again will not help."""
+
+    code = "invalid_request"
+    http_status = 400
+
+
+class UnknownModel(InferenceError):
+    """The catalogue has no such model or variant."""
+
+    code = "unknown_model"
+    http_status = 404
+
+
+class Overloaded(InferenceError):
+    """A bounded queue is full. Ask again later."""
+
+    code = "overloaded"
+    http_status = 429
+
+
+class Unavailable(InferenceError):
+    """No target could answer and nothing is cached."""
+
+    code = "unavailable"
+    http_status = 503
+
+
+class DeadlineExceeded(InferenceError):
+    """The deadline passed and nothing is cached."""
+
+    code = "deadline_exceeded"
+    http_status = 504
+
+
+class TargetError(EdgeAgentError):
+    """Why one attempt failed.
+
+    `permanent` says that the same attempt would fail again until somebody acts (bad credentials, wrong protocol
+    version): the breaker goes to its longest back-off at once. `counts` says whether it is held against the target:
+    a full queue or a deadline that was too short to begin with is not.
+    """
+
+    code = "failed"
+    counts = True
+
+    def __init__(self, message: str, *, permanent: bool = False) -> None:
+        super().__init__(message)
+        self.permanent = permanent
+
+
+class TargetUnavailable(TargetError):
+    """The target cannot be asked now."""
+
+    code = "unavailable"
+
+
+class TargetBusy(TargetError):
+    """The target's queue or window is full."""
+
+    code = "busy"
+    counts = False
+
+
+class TargetTimeout(TargetError):
+    """No answer within the time the attempt was given."""
+
+    code = "timeout"
+
+
+class TargetFailed(TargetError):
+    """The target answered with an error."""
+
+    code = "failed"
+
+
+class LinkError(EdgeAgentError):
+    """A connection was lost or could not be opened."""
+
+    def __init__(self, message: str, *, permanent: bool = False) -> None:
+        super().__init__(message)
+        self.permanent = permanent
+
+
+class ProtocolError(EdgeAgentError):
+    """The peer sent something that the protocol does not allow."""

@@ -1,0 +1,183 @@
+"""The types that every floor shares: a request, its answer, and what happened in between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, TypeAlias
+
+import numpy.typing as npt
+
+Tensor: TypeAlias = npt.NDArray[Any]
+Tensors: TypeAlias = Mapping[str, Tensor]
+
+
+class LatencyClass(StrEnum):
+    """How soon an answer is of use. The limits are settings (`routing.latency_thresholds`)."""
+
+    REALTIME = "realtime"
+    NEAR = "near"
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
+class Complexity(StrEnum):
+    """How much a model asks of the machine that runs it, from its size and parameter count."""
+
+    SIMPLE = "simple"
+    MEDIUM = "medium"
+    COMPLEX = "complex"
+
+
+class Tier(StrEnum):
+    """Where an answer was computed. `fallback` is the cache, when nothing could be asked."""
+
+    EDGE_MCU = "edge_mcu"
+    EDGE_GPU = "edge_gpu"
+    CLOUD_GPU = "cloud_gpu"
+    CLOUD_SERVERLESS = "cloud_serverless"
+    FALLBACK = "fallback"
+
+    @property
+    def is_cloud(self) -> bool:
+        return self in (Tier.CLOUD_GPU, Tier.CLOUD_SERVERLESS)
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceRequest:
+    """One question. Made by an ingress through `routing.admission`, which checks it against the catalogue.
+
+    `inputs` are the family's canonical tensors, by name. `received` and `deadline` are monotonic seconds.
+    """
+
+    id: str
+    model: str
+    inputs: Tensors
+    latency_class: LatencyClass
+    received: float
+    deadline: float
+    priority: int = 5
+    """1 (least) to 10 (most)."""
+    max_retries: int = 5
+    """How many further targets may be tried after the first one failed."""
+    timeout_ms: float | None = None
+    """Upper bound on any single attempt, below the target's own."""
+    variant: str | None = None
+    """Only this variant of the model will do."""
+    producer: str = "anonymous"
+    idempotency_key: str | None = None
+    allowed_regions: frozenset[str] = frozenset()
+    """Cloud regions that may see the inputs. Empty: any."""
+    use_cache: bool = True
+    """Whether a fresh cached answer to the same input will do. A stale one is always better than none."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TargetAnswer:
+    """What one target returns from one attempt. Times are seconds.
+
+    `link_s` is what the attempt took besides queueing and computing at the far end.
+    """
+
+    outputs: Tensors
+    provider: str
+    queue_s: float
+    link_s: float
+    compute_s: float
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try on one target: `outcome` is `ok` or the code of a `TargetError`."""
+
+    target: str
+    tier: Tier
+    variant: str
+    outcome: str
+    elapsed_s: float
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        attempt: dict[str, Any] = {
+            "target": self.target,
+            "tier": self.tier.value,
+            "variant": self.variant,
+            "outcome": self.outcome,
+            "elapsed_ms": round(self.elapsed_s * 1e3, 3),
+        }
+        if self.error is not None:
+            attempt["error"] = self.error
+        return attempt
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceResult:
+    """One answer, and everything a caller needs to decide how far to trust it.
+
+    `tier` is where it was computed, or `fallback` when it is a stale cache entry; `origin_tier` is where it was
+    computed in either case. `age_s` is 0 unless `cached`.
+    """
+
+    request_id: str
+    model: str
+    variant: str
+    model_sha256: str
+    outputs: Tensors
+    label: str | None
+    confidence: float | None
+    """Highest class probability, 0 to 1; None where the model has no labels."""
+    tier: Tier
+    origin_tier: Tier
+    target: str
+    provider: str
+    latency_class: LatencyClass
+    queue_s: float
+    link_s: float
+    compute_s: float
+    total_s: float
+    deadline_met: bool
+    cost_usd: float
+    cached: bool
+    stale: bool
+    age_s: float
+    attempts: tuple[Attempt, ...]
+    reasons: tuple[str, ...]
+    same_input: bool = True
+    """False: a producer's last known answer, to an earlier input, served because nothing could be asked."""
+
+    def to_dict(self, *, with_outputs: bool = True) -> dict[str, Any]:
+        """The answer as every door shows it: plain JSON types, times in milliseconds."""
+        answer: dict[str, Any] = {
+            "request_id": self.request_id,
+            "model": self.model,
+            "label": self.label,
+            "confidence": None if self.confidence is None else round(self.confidence, 6),
+            "tier": self.tier.value,
+            "origin_tier": self.origin_tier.value,
+            "target": self.target,
+            "variant": self.variant,
+            "model_sha256": self.model_sha256,
+            "provider": self.provider,
+            "latency_class": self.latency_class.value,
+            "timing_ms": {
+                "queue": round(self.queue_s * 1e3, 3),
+                "link": round(self.link_s * 1e3, 3),
+                "compute": round(self.compute_s * 1e3, 3),
+                "total": round(self.total_s * 1e3, 3),
+            },
+            "deadline_met": self.deadline_met,
+            "cost_usd": self.cost_usd,
+            "cached": self.cached,
+            "stale": self.stale,
+            "same_input": self.same_input,
+            "age_s": round(self.age_s, 3),
+            "attempts": [attempt.to_dict() for attempt in self.attempts],
+            "reasons": list(self.reasons),
+        }
+        if with_outputs:
+            answer["outputs"] = {name: value.tolist() for name, value in self.outputs.items()}
+        return answer

@@ -1,0 +1,1 @@
+"""The outside world to core types and back, nothing else."""

@@ -1,0 +1,1 @@
+"""Live connections: open, keep, reopen."""

@@ -1,0 +1,251 @@
+"""The model catalogue: `catalog.yaml`, validated whole and frozen.
+
+A *family* is what a caller asks for (`digits`). Its *variants* are model files of different size and accuracy that
+answer the same question: the same canonical input, the same labels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from agent.core.errors import ConfigError, UnknownModel
+from agent.core.types import Complexity
+
+TargetKind = Literal["edge_mcu", "edge_gpu", "cloud"]
+DType = Literal["float32", "float16", "int8", "uint8", "int16", "int32", "int64"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+
+MAX_CATALOG_BYTES = 1_000_000
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class FamilyTensor(_Strict):
+    """A canonical tensor: what callers send and get. Batch size is always 1."""
+
+    name: Identifier
+    dtype: DType
+    shape: tuple[Annotated[int, Field(ge=1, le=1 << 20)], ...] = Field(min_length=1, max_length=6)
+    minimum: float | None = None
+    maximum: float | None = None
+    unit: str | None = None
+    channels: tuple[str, ...] | None = None
+
+
+class VariantTensor(_Strict):
+    """A tensor as the model file names it; `maps` names the canonical one.
+
+    Integer tensors hold `round(real / scale) + zero_point`.
+    """
+
+    name: str
+    maps: Identifier
+    dtype: DType
+    shape: tuple[Annotated[int, Field(ge=1, le=1 << 20)], ...]
+    scale: float | None = Field(default=None, gt=0)
+    zero_point: int | None = None
+
+    @model_validator(mode="after")
+    def _integers_are_quantised(self) -> Self:
+        if self.dtype in ("int8", "uint8", "int16") and (self.scale is None or self.zero_point is None):
+            raise ValueError(f"tensor {self.name!r} is {self.dtype} and needs scale and zero_point")
+        return self
+
+
+class Accuracy(_Strict):
+    """Share of held-out samples that were right, as measured when the model was made."""
+
+    value: float = Field(ge=0, le=1)
+    samples: int = Field(ge=1)
+    tolerance: float = Field(ge=0, le=1)
+
+
+class Variant(_Strict):
+    """One model file. `id` and `model` are filled in from its place in the catalogue."""
+
+    model: str = ""
+    id: str = ""
+    path: str
+    format: Literal["tflite", "onnx"]
+    quantisation: Literal["int8", "float16", "float32"]
+    targets: tuple[TargetKind, ...] = Field(min_length=1)
+    version: int = Field(ge=1)
+    sha256: Sha256
+    bytes: int = Field(ge=1)
+    parameters: int = Field(ge=1)
+    operators: tuple[str, ...]
+    arena_bytes: int | None = Field(default=None, ge=16)
+    accuracy: Accuracy
+    inputs: tuple[VariantTensor, ...] = Field(min_length=1)
+    outputs: tuple[VariantTensor, ...] = Field(min_length=1)
+    selftest: str | None = None
+    script: str
+
+    @property
+    def name(self) -> str:
+        """`family/variant`, unique in a catalogue."""
+        return f"{self.model}/{self.id}"
+
+
+class FamilyData(_Strict):
+    """Where the training data came from, and the held-out part that ships."""
+
+    name: str
+    source: str
+    licence: str
+    split: str
+    heldout: str
+    heldout_sha256: Sha256
+    heldout_samples: int = Field(ge=1)
+
+
+class Family(_Strict):
+    """A question that can be asked, and the variants that can answer it."""
+
+    name: str = ""
+    description: str
+    task: Literal["classification"]
+    labels: tuple[str, ...] = Field(min_length=2)
+    inputs: tuple[FamilyTensor, ...] = Field(min_length=1)
+    outputs: tuple[FamilyTensor, ...] = Field(min_length=1)
+    data: FamilyData
+    variants: Mapping[Identifier, Variant] = Field(min_length=1)
+
+    @cached_property
+    def _by_kind(self) -> dict[str, Variant]:
+        kinds: dict[str, Variant] = {}
+        for variant in self.variants.values():
+            for kind in variant.targets:
+                best = kinds.get(kind)
+                if best is None or variant.accuracy.value > best.accuracy.value:
+                    kinds[kind] = variant
+        return kinds
+
+    def variant_for(self, kind: TargetKind, pinned: str | None = None) -> Variant | None:
+        """The most accurate variant meant for this kind of target, or the pinned one if it is meant for it."""
+        if pinned is None:
+            return self._by_kind.get(kind)
+        variant = self.variants.get(pinned)
+        return variant if variant is not None and kind in variant.targets else None
+
+    @cached_property
+    def smallest(self) -> Variant:
+        """The least that a target must be able to run to answer at all; it sets the family's complexity."""
+        return min(self.variants.values(), key=lambda variant: variant.bytes)
+
+
+class Catalog(_Strict):
+    """All families. `root` is the folder that variant paths are relative to."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    families: Mapping[Identifier, Family]
+    root: Path = Path()
+
+    def family(self, name: str) -> Family:
+        """Raises `UnknownModel`."""
+        family = self.families.get(name)
+        if family is None:
+            known = ", ".join(sorted(self.families))
+            raise UnknownModel(f"no model {name[:64]!r}; the catalogue has: {known}", field="model")
+        return family
+
+    def path(self, variant: Variant) -> Path:
+        return self.root / variant.path
+
+    def by_sha256(self, sha256: str) -> Variant | None:
+        for family in self.families.values():
+            for variant in family.variants.values():
+                if variant.sha256 == sha256:
+                    return variant
+        return None
+
+
+def complexity(variant: Variant, *, simple: tuple[float, int], medium: tuple[float, int]) -> Complexity:
+    """Class of a variant. `simple` and `medium` are limits as (bytes, parameters), both exclusive."""
+    for limits, grade in ((simple, Complexity.SIMPLE), (medium, Complexity.MEDIUM)):
+        if variant.bytes < limits[0] and variant.parameters < limits[1]:
+            return grade
+    return Complexity.COMPLEX
+
+
+def load_catalog(path: Path, *, verify: bool = True) -> Catalog:
+    """Read and validate a catalogue; with `verify`, also that every file is there, whole and as recorded.
+
+    Raises `ConfigError` with one line for each fault.
+    """
+    raw = _read_yaml(path)
+    families = raw.get("families")
+    if isinstance(families, dict):
+        for name, family in families.items():
+            if isinstance(family, dict):
+                family["name"] = str(name)
+                for id_, variant in (family.get("variants") or {}).items():
+                    if isinstance(variant, dict):
+                        variant["model"], variant["id"] = str(name), str(id_)
+    raw["root"] = path.parent
+    try:
+        catalog = Catalog.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(
+            [f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        ) from None
+    problems = list(_inconsistencies(catalog))
+    if verify:
+        problems += _file_faults(catalog)
+    if problems:
+        raise ConfigError([f"{path}: {problem}" for problem in problems])
+    return catalog
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CATALOG_BYTES:
+            raise ConfigError([f"{path}: larger than {MAX_CATALOG_BYTES} bytes"])
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError([f"{path}: cannot be read: {error}"]) from None
+    if not isinstance(raw, dict):
+        raise ConfigError([f"{path}: must be a mapping with the keys schema and families"])
+    return raw
+
+
+def _inconsistencies(catalog: Catalog) -> list[str]:
+    problems = []
+    for family in catalog.families.values():
+        inputs = {tensor.name for tensor in family.inputs}
+        outputs = {tensor.name for tensor in family.outputs}
+        for variant in family.variants.values():
+            at = f"families.{family.name}.variants.{variant.id}"
+            if {tensor.maps for tensor in variant.inputs} != inputs:
+                problems.append(f"{at}.inputs: must map each of {sorted(inputs)}")
+            if {tensor.maps for tensor in variant.outputs} != outputs:
+                problems.append(f"{at}.outputs: must map each of {sorted(outputs)}")
+            relative = Path(variant.path)
+            if relative.is_absolute() or ".." in relative.parts:
+                problems.append(f"{at}.path: must stay below the catalogue's folder, found {variant.path!r}")
+    return problems
+
+
+def _file_faults(catalog: Catalog) -> list[str]:
+    problems = []
+    for family in catalog.families.values():
+        for variant in family.variants.values():
+            at = f"families.{family.name}.variants.{variant.id}"
+            try:
+                data = catalog.path(variant).read_bytes()
+            except OSError as error:
+                problems.append(f"{at}.path: cannot be read: {error.strerror}: {variant.path}")
+                continue
+            if hashlib.sha256(data).hexdigest() != variant.sha256:
+                problems.append(f"{at}.sha256: the file {variant.path} is not the one recorded")
+    return problems

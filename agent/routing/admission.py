@@ -1,0 +1,281 @@
+"""Classify, check and bound what callers send: the only place where an `InferenceRequest` is made."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+from agent.config import LatencyThresholds, RoutingSection
+from agent.core.clock import Clock
+from agent.core.errors import InvalidRequest, UnknownModel
+from agent.core.types import InferenceRequest, LatencyClass, Tensor
+from agent.registry.catalog import Catalog, Family, FamilyTensor
+
+MAX_DEADLINE_MS = 3_600_000.0
+MAX_NAME = 128
+MAX_METADATA = 16
+
+_KEYS = frozenset(
+    {
+        "request_id",
+        "model",
+        "variant",
+        "inputs",
+        "latency_class",
+        "deadline_ms",
+        "timeout_ms",
+        "priority",
+        "max_retries",
+        "producer",
+        "idempotency_key",
+        "allowed_regions",
+        "use_cache",
+        "metadata",
+    }
+)
+
+
+class Admission:
+    """Makes requests. `batch_deadline_s` is what a batch request without a deadline gets: the slowest lane's timeout."""
+
+    def __init__(self, catalog: Catalog, routing: RoutingSection, clock: Clock, batch_deadline_s: float) -> None:
+        self.catalog = catalog
+        self._clock = clock
+        limits = routing.latency_thresholds
+        self._limits = limits
+        self._deadlines_s = {
+            LatencyClass.REALTIME: limits.realtime / 1e3,
+            LatencyClass.NEAR: limits.near_realtime / 1e3,
+            LatencyClass.INTERACTIVE: limits.interactive / 1e3,
+            LatencyClass.BATCH: max(batch_deadline_s, limits.batch / 1e3),
+        }
+
+    def from_document(
+        self, document: object, *, model: str | None = None, producer: str | None = None, received: float | None = None
+    ) -> InferenceRequest:
+        """A request from decoded JSON. `model` and `producer`, where given, win over the document's.
+
+        `inputs` is a mapping of tensor name to nested lists, or, for a model with one input, the nested list itself.
+        Raises `InvalidRequest` (names the field) and `UnknownModel`.
+        """
+        if not isinstance(document, Mapping):
+            _refuse("(body)", f"must be a JSON object, found {_kind(document)}")
+        unknown = sorted(str(key)[:64] for key in document if key not in _KEYS)
+        if unknown:
+            _refuse(unknown[0], f"unknown key; known: {', '.join(sorted(_KEYS))}")
+        family = self.catalog.family(_text(document, "model", model) or _refuse("model", "is missing"))
+        if "inputs" not in document:
+            _refuse("inputs", f"is missing; {family.name} takes {_describe(family)}")
+        return self._build(family, _tensors(document["inputs"], family), document, producer, received)
+
+    def from_bytes(
+        self,
+        data: bytes,
+        *,
+        model: str,
+        options: Mapping[str, Any] | None = None,
+        dtype: str | None = None,
+        scale: float = 1.0,
+        producer: str | None = None,
+        received: float | None = None,
+    ) -> InferenceRequest:
+        """A request from the raw little-endian bytes of a model's single input tensor.
+
+        `dtype` None: the model's own. Values are multiplied by `scale`. `options` are the other keys of a document.
+        """
+        options = options or {}
+        unknown = sorted(str(key)[:64] for key in options if key not in _KEYS)
+        if unknown:
+            _refuse(unknown[0], f"unknown key; known: {', '.join(sorted(_KEYS))}")
+        family = self.catalog.family(model)
+        if len(family.inputs) != 1:
+            _refuse("inputs", f"{family.name} has {len(family.inputs)} inputs: raw bytes are for models with one")
+        spec = family.inputs[0]
+        kind = np.dtype(dtype or spec.dtype)
+        expected = int(np.prod(spec.shape)) * kind.itemsize
+        if len(data) != expected:
+            found = f"{len(data)} bytes"
+            _refuse(f"inputs.{spec.name}", f"must be {expected} bytes ({kind.name} {list(spec.shape)}), found {found}")
+        return self._build(
+            family, self.scaled({spec.name: np.frombuffer(data, kind)}, family, scale), options, producer, received
+        )
+
+    @staticmethod
+    def scaled(inputs: Mapping[str, Tensor], family: Family, scale: float) -> dict[str, Tensor]:
+        """Values times `scale`, in the family's own dtypes and shapes, checked."""
+        tensors = {}
+        for spec in family.inputs:
+            value = inputs[spec.name]
+            tensors[spec.name] = _checked(value if scale == 1.0 else value.astype(np.float32) * scale, spec)
+        return tensors
+
+    def _build(
+        self,
+        family: Family,
+        inputs: Mapping[str, Tensor],
+        options: Mapping[str, Any],
+        producer: str | None,
+        received: float | None,
+    ) -> InferenceRequest:
+        received = self._clock.monotonic() if received is None else received
+        latency_class, budget_s = self._deadline(options)
+        variant = _text(options, "variant")
+        if variant is not None and variant not in family.variants:
+            known = ", ".join(sorted(family.variants))
+            raise UnknownModel(f"{family.name} has no variant {variant[:64]!r}; it has: {known}", field="variant")
+        return InferenceRequest(
+            id=_text(options, "request_id") or uuid.uuid4().hex,
+            model=family.name,
+            inputs=inputs,
+            latency_class=latency_class,
+            received=received,
+            deadline=received + budget_s,
+            priority=_integer(options, "priority", 5, 1, 10),
+            max_retries=_integer(options, "max_retries", 5, 0, 16),
+            timeout_ms=_milliseconds(options, "timeout_ms"),
+            variant=variant,
+            producer=producer or _text(options, "producer") or "anonymous",
+            idempotency_key=_text(options, "idempotency_key"),
+            allowed_regions=_regions(options),
+            use_cache=_boolean(options, "use_cache", True),
+            metadata=_metadata(options),
+        )
+
+    def _deadline(self, options: Mapping[str, Any]) -> tuple[LatencyClass, float]:
+        """Class and seconds: an explicit deadline sets the class, unless both are given."""
+        deadline_ms = _milliseconds(options, "deadline_ms")
+        named = _text(options, "latency_class")
+        if named is not None:
+            try:
+                latency_class = LatencyClass(named)
+            except ValueError:
+                _refuse("latency_class", f"must be one of {[c.value for c in LatencyClass]}, found {named[:32]!r}")
+        elif deadline_ms is not None:
+            latency_class = class_of(deadline_ms, self._limits)
+        else:
+            latency_class = LatencyClass.INTERACTIVE
+        return latency_class, self._deadlines_s[latency_class] if deadline_ms is None else deadline_ms / 1e3
+
+
+def class_of(deadline_ms: float, limits: LatencyThresholds) -> LatencyClass:
+    """The strictest class that a deadline falls into."""
+    if deadline_ms <= limits.realtime:
+        return LatencyClass.REALTIME
+    if deadline_ms <= limits.near_realtime:
+        return LatencyClass.NEAR
+    return LatencyClass.INTERACTIVE if deadline_ms <= limits.batch else LatencyClass.BATCH
+
+
+def _refuse(field: str, message: str) -> NoReturn:
+    raise InvalidRequest(f"{field}: {message}", field=field)
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    return {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}.get(type(value), "a number")
+
+
+def _text(options: Mapping[str, Any], key: str, given: str | None = None) -> str | None:
+    value = options.get(key) if given is None else given
+    if value is None:
+        return None
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME or not value.isprintable():
+        _refuse(key, f"must be 1 to {MAX_NAME} printable characters")
+    return value
+
+
+def _integer(options: Mapping[str, Any], key: str, default: int, low: int, high: int) -> int:
+    value = options.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        _refuse(key, f"must be a whole number from {low} to {high}, found {str(value)[:32]}")
+    return value
+
+
+def _milliseconds(options: Mapping[str, Any], key: str) -> float | None:
+    value = options.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_DEADLINE_MS:
+        _refuse(key, f"must be above 0 and at most {MAX_DEADLINE_MS:.0f} milliseconds, found {str(value)[:32]}")
+    return float(value)
+
+
+def _boolean(options: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = options.get(key, default)
+    if not isinstance(value, bool):
+        _refuse(key, f"must be true or false, found {_kind(value)}")
+    return value
+
+
+def _regions(options: Mapping[str, Any]) -> frozenset[str]:
+    value = options.get("allowed_regions")
+    if value is None:
+        return frozenset()
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) > 32:
+        _refuse("allowed_regions", "must be a list of at most 32 region names")
+    if not all(isinstance(region, str) and 0 < len(region) <= 64 for region in value):
+        _refuse("allowed_regions", "must be a list of region names")
+    return frozenset(value)
+
+
+def _metadata(options: Mapping[str, Any]) -> dict[str, str]:
+    value = options.get("metadata")
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or len(value) > MAX_METADATA:
+        _refuse("metadata", f"must be an object of at most {MAX_METADATA} strings")
+    for key, text in value.items():
+        if not isinstance(key, str) or not isinstance(text, str) or len(key) > MAX_NAME or len(text) > 1024:
+            _refuse("metadata", f"keys and values must be strings of at most {MAX_NAME} and 1024 characters")
+    return dict(value)
+
+
+def _describe(family: Family) -> str:
+    return ", ".join(f"{spec.name}: {spec.dtype} {list(spec.shape)}" for spec in family.inputs)
+
+
+def _tensors(inputs: object, family: Family) -> dict[str, Tensor]:
+    if not isinstance(inputs, Mapping):
+        if len(family.inputs) != 1:
+            _refuse("inputs", f"must be an object with {_describe(family)}")
+        inputs = {family.inputs[0].name: inputs}
+    names = {spec.name for spec in family.inputs}
+    for key in inputs:
+        if key not in names:
+            _refuse(f"inputs.{str(key)[:64]}", f"no such input; {family.name} takes {_describe(family)}")
+    tensors = {}
+    for spec in family.inputs:
+        if spec.name not in inputs:
+            _refuse(f"inputs.{spec.name}", f"is missing; must be {spec.dtype} {list(spec.shape)}")
+        value = inputs[spec.name]
+        if not isinstance(value, np.ndarray):
+            try:
+                value = np.asarray(value)
+            except (ValueError, TypeError, OverflowError):
+                _refuse(f"inputs.{spec.name}", f"must be numbers of shape {list(spec.shape)}: rows differ in length")
+        tensors[spec.name] = _checked(value, spec)
+    return tensors
+
+
+def _checked(value: Tensor, spec: FamilyTensor) -> Tensor:
+    """The tensor in the canonical dtype and shape. A flat array or one without the leading 1 is taken as well."""
+    field = f"inputs.{spec.name}"
+    if value.dtype.kind not in "fiu":
+        _refuse(field, f"must be numbers of shape {list(spec.shape)}")
+    shape = spec.shape
+    flat = int(np.prod(shape))
+    if value.shape != shape and value.shape != (flat,) and value.shape != shape[1:]:
+        _refuse(field, f"must have shape {list(shape)} (or {list(shape[1:])}, or [{flat}]), found {list(value.shape)}")
+    with np.errstate(over="ignore"):
+        tensor = np.ascontiguousarray(value, dtype=spec.dtype).reshape(shape)
+    if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+        _refuse(field, f"holds NaN, infinity or a value too large for {spec.dtype}")
+    if tensor.dtype.kind in "iu" and not np.array_equal(tensor.ravel(), value.ravel()):
+        _refuse(field, f"holds a value that {spec.dtype} cannot")
+    return tensor

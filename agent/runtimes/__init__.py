@@ -1,0 +1,1 @@
+"""Run a model file here: used by the gateway target and by the cloud worker."""

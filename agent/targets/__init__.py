@@ -1,0 +1,1 @@
+"""One executor for each tier, all behind one small Protocol."""
