@@ -1,7 +1,7 @@
-"""Writes frames.json, the golden vectors of docs/wire-protocol.md that every codec in this repository is tested against.
+"""Writes frames.json, the golden vectors of docs/wire-protocol.md that every codec in this repository answers to.
 
-Independent of both codecs on purpose: only `cobs`, `zlib.crc32` and `struct`. Run `python tests/vectors/make.py` after a
-change of the protocol; `--check` compares instead of writing.
+Independent of both codecs on purpose: only `cobs`, `zlib.crc32` and `struct`. Run `python tests/vectors/make.py`
+after a change of the protocol; `--check` compares instead of writing.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ ABOUT = [
     "Golden vectors of docs/wire-protocol.md. Written by make.py beside this file; do not edit.",
     "types: message name -> type byte.",
     "frames: one good frame each. line_hex is what travels, with COBS and the final delimiter.",
-    "messages: a body and its fields, both ways. Field names are those of the protocol page. Byte fields (hashes, tensors,",
-    "  data, bitmap, signature) are hex strings; text is text; operators is a list of numbers; slots is a list of objects;",
-    "  STATS has one field 'values', a list of [id, value]. 'FRAGMENT' is the payload of a frame with the FRAGMENT flag.",
-    "  MODEL_BEGIN has a 'signature' (hex) only if signature_kind is 1.",
+    "messages: a body and its fields, both ways. Field names are those of the protocol page. Byte fields (hashes,",
+    "  tensors, data, bitmap, signature) are hex strings; text is text; operators is a list of numbers; slots is a",
+    "  list of objects; STATS has one field 'values', a list of [id, value]. 'FRAGMENT' is the payload of a frame with",
+    "  the FRAGMENT flag. MODEL_BEGIN has a 'signature' (hex) only if signature_kind is 1.",
     "grown: bodies of a later minor version. They parse to the fields; the bytes behind are ignored. Not for encoding.",
     "short: bodies that are too short for their type: a parser refuses them (BAD_LENGTH).",
-    "streams: bytes on the line and what a decoder with max_frame yields, in order: the name of a frame above, or an error.",
-    "  decode: COBS is broken. short: under 12 decoded bytes. crc: wrong CRC. oversize: over max_frame decoded bytes, one",
-    "  error however long it is. An unfinished frame at the end yields nothing.",
+    "streams: bytes on the line and what a decoder with max_frame yields, in order: a frame's name, or an error.",
+    "  decode: COBS is broken. short: under 12 decoded bytes. crc: wrong CRC. oversize: over max_frame decoded bytes,",
+    "  one error however long it is. An unfinished frame at the end yields nothing.",
 ]
 
 
