@@ -39,7 +39,7 @@ _KEYS = frozenset(
 
 
 class Admission:
-    """Makes requests. `batch_deadline_s` is what a batch request without a deadline gets: the slowest lane's timeout."""
+    """Makes requests. `batch_deadline_s` is what a batch request without a deadline gets."""
 
     def __init__(self, catalog: Catalog, routing: RoutingSection, clock: Clock, batch_deadline_s: float) -> None:
         self.catalog = catalog

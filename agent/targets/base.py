@@ -26,7 +26,8 @@ class TargetTraits:
     """What does not change while the daemon runs.
 
     `max_bytes` is the largest model file the target takes; `timeout_s` bounds any single attempt; `cost_usd` is the
-    price of one request; `order` is its place in the fallback chain (lower is asked earlier).
+    price of one request; `order` is its place in the fallback chain (lower is asked earlier); `parallel` is how many
+    requests it computes at once, `prior_s` what an attempt is taken to cost until one was measured.
     """
 
     name: str
@@ -38,6 +39,8 @@ class TargetTraits:
     cost_usd: float = 0.0
     region: str | None = None
     backup: bool = False
+    parallel: int = 1
+    prior_s: float = 0.005
 
 
 class Target(Protocol):

@@ -1,0 +1,94 @@
+"""What an attempt on a target would take now, from what attempts on it took lately.
+
+Service and link times are kept apart, each as a window of recent samples of which the median and the 95th percentile
+are taken: a mean would be spoilt by one slow outlier, an exponential average says nothing about lateness. Samples older
+than `MAX_AGE_S` are dropped, so that a target that was slow is tried again.
+
+    expected = link.p50 + service.p50 * (1 + waiting / parallel)
+
+where `waiting` is what the target has in flight already: each of `parallel` servers must finish its share of it first.
+It errs on the long side, since what is in flight has been partly served.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from dataclasses import dataclass
+
+WINDOW = 64
+"""Samples kept: enough for a 95th percentile, few enough to follow a change within a minute of light traffic."""
+MAX_AGE_S = 60.0
+
+
+class Window:
+    """Quantiles of the last `WINDOW` samples not older than `MAX_AGE_S`. Adding costs O(log n) plus a short move."""
+
+    __slots__ = ("_ordered", "_samples")
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, float]] = deque()
+        self._ordered: list[float] = []
+
+    def add(self, now: float, value: float) -> None:
+        self._samples.append((now, value))
+        insort(self._ordered, value)
+        self._drop(now)
+
+    def quantile(self, q: float, now: float) -> float | None:
+        """Nearest-rank quantile, or None while there is no sample."""
+        if self._samples and self._samples[0][0] < now - MAX_AGE_S:
+            self._drop(now)
+        if not self._ordered:
+            return None
+        return self._ordered[min(len(self._ordered) - 1, int(q * len(self._ordered)))]
+
+    def __len__(self) -> int:
+        return len(self._ordered)
+
+    def _drop(self, now: float) -> None:
+        samples = self._samples
+        while len(samples) > WINDOW or (samples and samples[0][0] < now - MAX_AGE_S):
+            _, value = samples.popleft()
+            del self._ordered[bisect_left(self._ordered, value)]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Seconds that an attempt started now would take: at the median, and at the 95th percentile."""
+
+    p50_s: float
+    p95_s: float
+    measured: bool
+
+
+class TargetTimes:
+    """Times of one variant on one target."""
+
+    __slots__ = ("_link", "_prior_s", "_service")
+
+    def __init__(self, prior_s: float) -> None:
+        self._prior_s = prior_s
+        self._service = Window()
+        self._link = Window()
+
+    def observe(self, now: float, *, service_s: float, link_s: float) -> None:
+        """An attempt succeeded."""
+        self._service.add(now, service_s)
+        self._link.add(now, link_s)
+
+    def observe_timeout(self, now: float, waited_s: float) -> None:
+        """An attempt was given up after `waited_s`: it would have taken at least that long."""
+        self._link.add(now, waited_s)
+
+    def estimate(self, now: float, in_flight: int, parallel: int) -> Estimate:
+        service50 = self._service.quantile(0.5, now)
+        service95 = self._service.quantile(0.95, now)
+        link50 = self._link.quantile(0.5, now)
+        link95 = self._link.quantile(0.95, now)
+        if link50 is None or link95 is None:
+            return Estimate(self._prior_s, self._prior_s, measured=False)
+        waiting = 1.0 + in_flight / parallel
+        if service50 is None or service95 is None:
+            return Estimate(link50, link95, measured=True)
+        return Estimate(link50 + service50 * waiting, link95 + service95 * waiting, measured=True)
