@@ -57,6 +57,7 @@ class InferenceError(EdgeAgentError):
         self.request_id: str | None = None
         self.attempts: tuple[Attempt, ...] = ()
         self.reasons: tuple[str, ...] = ()
+        self.cost_usd = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The error as every door shows it: plain JSON types."""
@@ -69,6 +70,7 @@ class InferenceError(EdgeAgentError):
             "request_id": self.request_id,
             "error": error,
             "attempts": [attempt.to_dict() for attempt in self.attempts],
+            "cost_usd": self.cost_usd,
             "reasons": list(self.reasons),
         }
 

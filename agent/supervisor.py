@@ -1,0 +1,111 @@
+"""Keeps background tasks alive and knows the state of every component.
+
+A task that raises is restarted alone, after a back-off; the daemon stops only when its core does. The systemd watchdog
+is fed only while no supervised task is overdue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from enum import StrEnum
+from typing import Any
+
+from agent.core.clock import Clock
+from agent.link.backoff import Backoff
+
+log = logging.getLogger(__name__)
+
+RESTART_INITIAL_S = 0.5
+RESTART_MAX_S = 60.0
+
+
+class ComponentState(StrEnum):
+    STARTING = "starting"
+    UP = "up"
+    DEGRADED = "degraded"
+    DOWN = "down"
+
+
+class Component:
+    """State of one part of the daemon, and since when."""
+
+    def __init__(self, name: str, clock: Clock, stall_s: float | None = None) -> None:
+        self.name = name
+        self.state = ComponentState.STARTING
+        self.reason = ""
+        self._clock = clock
+        self._stall_s = stall_s
+        self._since = self._beaten = clock.monotonic()
+
+    def set(self, state: ComponentState, reason: str = "") -> None:
+        """Change the state; the same state again keeps `since`."""
+        if state is not self.state:
+            self._since = self._clock.monotonic()
+            log.info("component", extra={"component": self.name, "state": state.value, "reason": reason})
+        self.state, self.reason = state, reason
+        self.beat()
+
+    def beat(self) -> None:
+        """The component is alive: it went once round its loop."""
+        self._beaten = self._clock.monotonic()
+
+    def overdue(self) -> bool:
+        """Whether it has not beaten for longer than it may."""
+        return self._stall_s is not None and self._clock.monotonic() - self._beaten > self._stall_s
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "state": self.state.value,
+            "reason": self.reason,
+            "since_s": round(self._clock.monotonic() - self._since, 3),
+        }
+
+
+class Supervisor:
+    """Owns the background tasks of the daemon."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._components: dict[str, Component] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def component(self, name: str, stall_s: float | None = None) -> Component:
+        """The component of that name, made at its first mention. `stall_s`: how long it may go without a beat."""
+        if name not in self._components:
+            self._components[name] = Component(name, self._clock, stall_s)
+        return self._components[name]
+
+    def spawn(self, name: str, work: Callable[[Component], Awaitable[None]], stall_s: float | None = None) -> None:
+        """Run `work(component)` until `stop`; when it raises or returns, run it again after a back-off."""
+        component = self.component(name, stall_s)
+        self._tasks.append(asyncio.create_task(self._run(component, work), name=name))
+
+    def overdue(self) -> list[str]:
+        """Names of the components that have stalled."""
+        return [component.name for component in self._components.values() if component.overdue()]
+
+    def status(self) -> list[dict[str, Any]]:
+        return [component.to_dict() for component in self._components.values()]
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+
+    async def _run(self, component: Component, work: Callable[[Component], Awaitable[None]]) -> None:
+        backoff = Backoff(RESTART_INITIAL_S, RESTART_MAX_S)
+        while True:
+            try:
+                await work(component)
+                reason = "ended"
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:  # the one place where any fault of a task is caught: it is named and restarted
+                log.exception("task failed", extra={"component": component.name})
+                reason = f"{type(error).__name__}: {error}"
+            component.set(ComponentState.DOWN, reason)
+            await asyncio.sleep(backoff.next_delay())
