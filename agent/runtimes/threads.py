@@ -1,0 +1,285 @@
+"""Models in this process: a few threads that run inferences, and as many instances of each model as run at once."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from queue import SimpleQueue
+from typing import Any
+
+from agent.core.clock import Clock
+from agent.core.errors import TargetFailed, TargetTimeout
+from agent.core.types import Tensor, Tensors
+from agent.runtimes.base import (
+    LoadedModel,
+    ModelFile,
+    ModelRunner,
+    RunOutcome,
+    Runtime,
+    RuntimeFactory,
+)
+
+FIRST_RUNS = 8
+"""Timed runs after loading: enough to choose between inline and pool before the first request."""
+FIRST_RUNS_S = 0.05
+"""Bound on those runs, so that a slow model does not hold up the start."""
+
+
+class RunnerSet:
+    """The instances of one model. One is made now, more when several threads want the model at once.
+
+    There are never more than threads that use it. Raises `RuntimeUnavailable` or `ValueError`.
+    """
+
+    def __init__(self, runtime: Runtime, file: ModelFile, clock: Clock) -> None:
+        self._runtime = runtime
+        self._file = file
+        self._clock = clock
+        first = self._load()
+        self.provider = first.provider
+        self._shared = first if first.reentrant else None
+        self._free = deque([first])
+        self.loaded = LoadedModel(file, runtime.name, first.provider, self._first_runs(first))
+
+    def run(self, inputs: Tensors) -> dict[str, Tensor]:
+        """Raises what `ModelRunner.run` raises, and `ValueError` if the file is no longer the one recorded."""
+        if self._shared is not None:
+            return self._shared.run(inputs)
+        try:
+            runner = self._free.pop()
+        except IndexError:
+            runner = self._load()
+        try:
+            return runner.run(inputs)
+        finally:
+            self._free.append(runner)
+
+    @property
+    def idle(self) -> bool:
+        """Whether `run` would find an instance at hand."""
+        return bool(self._free)
+
+    def close(self) -> None:
+        """Free the instances that are not running; the others go when their run ends and nothing refers to them."""
+        while self._free:
+            self._free.pop().close()
+
+    def _load(self) -> ModelRunner:
+        self._file.verify()
+        return self._runtime.load(self._file.path)
+
+    def _first_runs(self, runner: ModelRunner) -> tuple[float, ...]:
+        inputs = runner.zeros()
+        samples: list[float] = []
+        try:
+            runner.run(inputs)  # The first run allocates and is not typical.
+            began = now = self._clock.monotonic()
+            while len(samples) < FIRST_RUNS and now - began < FIRST_RUNS_S:
+                runner.run(inputs)
+                samples.append(self._clock.monotonic() - now)
+                now += samples[-1]
+        except RuntimeError as error:
+            raise ValueError(f"{self._file.path.name} loads but does not run: {error}") from None
+        return tuple(samples)
+
+
+class Runners:
+    """All models of one process, by digest; shared by the threads engine and the child process."""
+
+    def __init__(self, factory: RuntimeFactory, clock: Clock) -> None:
+        self._factory = factory
+        self._clock = clock
+        self._runtimes: dict[str, Runtime] = {}
+        self._sets: dict[str, RunnerSet] = {}
+        self._loading = threading.Lock()
+
+    def load(self, file: ModelFile) -> LoadedModel:
+        """Blocking. Raises `RuntimeUnavailable` or `ValueError`."""
+        with self._loading:
+            if (known := self._sets.get(file.sha256)) is not None:
+                return known.loaded
+            file.verify()
+            runtime = self._runtimes.get(file.format)
+            if runtime is None:
+                runtime = self._runtimes[file.format] = self._factory(file.format)
+            made = self._sets[file.sha256] = RunnerSet(runtime, file, self._clock)
+            return made.loaded
+
+    def __getitem__(self, sha256: str) -> RunnerSet:
+        """Raises `KeyError`."""
+        return self._sets[sha256]
+
+    def close(self) -> None:
+        for runners in self._sets.values():
+            runners.close()
+        self._sets.clear()
+
+
+class _Job:
+    """A call on its way through the workers."""
+
+    __slots__ = ("abandoned", "began", "call", "ended", "future", "submitted")
+
+    def __init__(self, call: Callable[[], Any], future: asyncio.Future[Any], submitted: float) -> None:
+        self.call = call
+        self.future = future
+        self.submitted = submitted
+        self.began: float | None = None
+        self.ended = submitted
+        self.abandoned = False
+
+    def finish(self, result: Any, error: Exception | None) -> None:
+        if self.future.done():
+            return
+        if error is None:
+            self.future.set_result(result)
+        else:
+            self.future.set_exception(error)
+            self.future.exception()  # Marked as seen: nobody may be waiting any more.
+
+
+class Workers:
+    """A fixed number of threads for blocking calls, started when first needed.
+
+    They are daemon threads, unlike `ThreadPoolExecutor`'s: one that hangs in a driver must not keep the daemon from
+    stopping.
+    """
+
+    def __init__(self, count: int, clock: Clock) -> None:
+        self._count = count
+        self._clock = clock
+        self._queue: SimpleQueue[_Job | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._jobs: list[_Job | None] = [None] * count
+
+    @property
+    def running(self) -> list[_Job]:
+        """What the threads are doing."""
+        return [job for job in self._jobs if job is not None]
+
+    def submit(self, call: Callable[[], Any]) -> _Job:
+        """Hand a call over. On an event loop's thread; `job.future` gets the result there."""
+        loop = asyncio.get_running_loop()
+        if not self._threads:
+            self._threads = [
+                threading.Thread(target=self._work, args=(n, loop), name=f"runtime-{n}", daemon=True)
+                for n in range(self._count)
+            ]
+            for thread in self._threads:
+                thread.start()
+        job = _Job(call, loop.create_future(), self._clock.monotonic())
+        self._queue.put(job)
+        return job
+
+    def close(self) -> None:
+        """Let the threads end after what they are doing."""
+        for _ in self._threads:
+            self._queue.put(None)
+
+    def _work(self, place: int, loop: asyncio.AbstractEventLoop) -> None:
+        while (job := self._queue.get()) is not None:
+            result, error = None, None
+            job.began = self._clock.monotonic()
+            if not job.abandoned:
+                self._jobs[place] = job
+                try:
+                    result = job.call()
+                except Exception as raised:
+                    error = raised  # Whatever it is belongs to the caller, on the other thread.
+                self._jobs[place] = None
+            job.ended = self._clock.monotonic()
+            try:
+                loop.call_soon_threadsafe(job.finish, result, error)
+            except RuntimeError:
+                return  # The loop was closed while this ran.
+
+
+class _ThreadRun:
+    """A submitted inference."""
+
+    __slots__ = ("_job", "_provider")
+
+    def __init__(self, job: _Job, provider: str) -> None:
+        self._job = job
+        self._provider = provider
+
+    async def outcome(self, timeout_s: float) -> RunOutcome:
+        job = self._job
+        try:
+            await asyncio.wait((job.future,), timeout=timeout_s)
+            if not job.future.done():
+                waiting = "waiting for a thread" if job.began is None else "in the runtime"
+                raise TargetTimeout(f"no answer in {timeout_s * 1e3:.0f} ms, still {waiting}")
+        finally:
+            job.abandoned = not job.future.done()
+        try:
+            outputs = job.future.result()
+        except (ValueError, RuntimeError) as error:
+            raise TargetFailed(str(error)) from None
+        began = job.began if job.began is not None else job.ended
+        return RunOutcome(outputs, self._provider, began - job.submitted, job.ended - began)
+
+
+class ThreadEngine:
+    """Runs models in threads of this process, or on the caller's.
+
+    A runtime that hangs cannot be stopped here: its thread stays taken, and when all are, `problem` says so.
+    `stuck_s` is how long an inference must have been running to count as hung.
+    """
+
+    def __init__(self, factory: RuntimeFactory, workers: int, stuck_s: float, clock: Clock) -> None:
+        self._runners = Runners(factory, clock)
+        self._workers = Workers(workers, clock)
+        self._count = workers
+        self._stuck_s = stuck_s
+        self._clock = clock
+        self._in_flight = 0
+
+    @property
+    def in_flight(self) -> int:
+        return self._in_flight
+
+    async def load(self, file: ModelFile) -> LoadedModel:
+        job = self._workers.submit(lambda: self._runners.load(file))
+        loaded: LoadedModel = await job.future
+        return loaded
+
+    def run_here(self, sha256: str, inputs: Tensors) -> RunOutcome | None:
+        runners = self._runners[sha256]
+        if not runners.idle:
+            return None
+        began = self._clock.monotonic()
+        try:
+            outputs = runners.run(inputs)
+        except (ValueError, RuntimeError) as error:
+            raise TargetFailed(str(error)) from None
+        return RunOutcome(outputs, runners.provider, 0.0, self._clock.monotonic() - began)
+
+    def submit(self, sha256: str, inputs: Tensors) -> _ThreadRun:
+        runners = self._runners[sha256]
+        job = self._workers.submit(lambda: runners.run(inputs))
+        self._in_flight += 1
+        job.future.add_done_callback(self._ended)
+        return _ThreadRun(job, runners.provider)
+
+    def problem(self) -> str:
+        running = self._workers.running
+        if len(running) < self._count:
+            return ""
+        now = self._clock.monotonic()
+        least = min(now - job.began for job in running if job.began is not None)
+        if least <= self._stuck_s:
+            return ""
+        return f"runtime hangs: all {self._count} threads have been busy with one inference for over {least:.1f} s"
+
+    def status(self) -> Mapping[str, Any]:
+        return {"isolation": "thread", "threads": self._count, "running": len(self._workers.running)}
+
+    async def close(self) -> None:
+        self._workers.close()
+        self._runners.close()
+
+    def _ended(self, _: asyncio.Future[Any]) -> None:
+        self._in_flight -= 1
