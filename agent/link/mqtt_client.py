@@ -1,0 +1,138 @@
+"""What a connection to a broker is made of: its settings, its messages, and paho-mqtt's client with two short cuts."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.properties import Properties
+
+from agent.core.clock import Clock
+from agent.core.errors import LinkError, ProtocolError
+from agent.wire.mqtt_properties import MessageProperties
+
+for _name in ("_handle_publish", "_do_on_publish"):
+    if not hasattr(paho.Client, _name):
+        raise ImportError(f"this paho-mqtt has no Client.{_name}: use one of the versions edge-agent depends on")
+
+
+class LinkFull(LinkError):
+    """Connected, but as much is on its way as may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message from the broker. `received` is monotonic seconds, taken before anything else is done with it."""
+
+    topic: str
+    payload: bytes
+    qos: int
+    retain: bool
+    properties: MessageProperties
+    received: float
+
+
+@dataclass(frozen=True, slots=True)
+class Will:
+    """What the broker publishes if this client vanishes without a goodbye."""
+
+    topic: str
+    payload: bytes = b""
+    qos: int = 1
+    retain: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LinkOptions:
+    """How to reach a broker. Every bound has a default that suits a gateway."""
+
+    broker: str
+    """`mqtt://host[:port]` or `mqtts://host[:port]`."""
+    client_id: str
+    username: str | None = None
+    password: str | None = None
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    keepalive_s: int = 15
+    session_expiry_s: int = 0
+    """How long the broker keeps the session, and with it queued messages, after the connection is lost."""
+    receive_maximum: int = 1024
+    """QoS 1 messages that the broker may send before they are acknowledged."""
+    max_unacknowledged: int = 256
+    """Own QoS 1 messages on their way; the broker's Receive Maximum may lower it."""
+    max_backlog_bytes: int = 8 << 20
+    """Bytes accepted for sending while the socket takes none."""
+    max_packet_bytes: int = 4 << 20
+    """The largest packet the broker may send (MQTT 5 Maximum Packet Size)."""
+    connect_timeout_s: float = 10.0
+    """For name look-up, TCP, TLS and CONNACK together, and for the subscriptions after them."""
+    backoff_initial_s: float = 0.5
+    backoff_max_s: float = 60.0
+    will: Will | None = None
+
+
+class PahoClient(paho.Client):
+    """paho's client with two short cuts. Its own property codec takes several times what the rest of a message does,
+    so PUBLISH is decoded here; and acknowledgements are reported for QoS 1 alone."""
+
+    def __init__(
+        self,
+        client_id: str,
+        clock: Clock,
+        deliver: Callable[[Message], None],
+        acknowledge: Callable[[int, int], None],
+    ) -> None:
+        super().__init__(CallbackAPIVersion.VERSION2, client_id, protocol=MQTTProtocolVersion.MQTTv5)
+        self._clock = clock
+        self._deliver = deliver
+        self._acknowledge = acknowledge
+
+    def _handle_publish(self) -> MQTTErrorCode:
+        received = self._clock.monotonic()
+        header, packet = self._in_packet["command"], self._in_packet["packet"]
+        qos = header >> 1 & 3
+        start = 2 + int.from_bytes(packet[:2], "big")
+        topic = packet[2:start].decode()
+        offset = start + (2 if qos else 0)
+        if qos > 1 or not topic or offset > len(packet):
+            raise ProtocolError(f"a PUBLISH packet with QoS {qos} and topic {topic[:64]!r}")
+        properties, offset = MessageProperties.from_bytes(packet, offset)
+        payload = bytes(packet[offset:])
+        self._deliver(Message(topic, payload, qos, bool(header & 1), properties, received))
+        return self._send_puback(int.from_bytes(packet[start : start + 2], "big")) if qos else paho.MQTT_ERR_SUCCESS
+
+    def _do_on_publish(self, mid: int, reason_code: Any, properties: Any) -> MQTTErrorCode:
+        self._acknowledge(mid, int(reason_code.value))
+        return super()._do_on_publish(mid, reason_code, properties)
+
+
+class Packed(Properties):
+    """Properties that are bytes already, as `paho.Client.publish` asks for them."""
+
+    def __init__(self, packed: bytes) -> None:
+        object.__setattr__(self, "packed", packed)
+
+    def pack(self) -> bytes:
+        packed: bytes = self.__dict__["packed"]
+        return packed
+
+    def __str__(self) -> str:
+        return "(packed)"
+
+
+def tls_context(options: LinkOptions) -> ssl.SSLContext:
+    """TLS 1.2 or later, checking the broker's name and certificate. Raises `LinkError`."""
+    try:
+        context = ssl.create_default_context(cafile=options.ca_file)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if options.cert_file is not None:
+            context.load_cert_chain(options.cert_file, options.key_file)
+    except (OSError, ssl.SSLError) as error:
+        raise LinkError(f"cannot use the TLS files: {error}", permanent=True) from None
+    return context

@@ -1,0 +1,117 @@
+"""Real brokers for tests: each on a free loopback port, with its own temporary directory, killed at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+START_S = 15.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Broker:
+    """A broker in a child process. `kill` is SIGKILL: the clients get no goodbye."""
+
+    command: list[str]
+    port: int
+    kind: str
+    log: Path
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    @property
+    def url(self) -> str:
+        return f"mqtt://127.0.0.1:{self.port}"
+
+    def start(self) -> Broker:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"{self.kind} ended with {self.process.returncode}: {self.log.read_text()[-2000:]}")
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=0.2):
+                return self
+            time.sleep(0.01)
+        self.kill()
+        raise RuntimeError(f"{self.kind} does not listen on port {self.port}: {self.log.read_text()[-2000:]}")
+
+    def kill(self, sig: int = signal.SIGKILL) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(sig)
+            self.process.wait(10)
+            if self.process.stdin is not None:
+                self.process.stdin.close()
+            self.process = None
+
+
+MOSQUITTO = shutil.which("mosquitto") or shutil.which("mosquitto", path=os.defpath + ":/usr/sbin:/usr/local/sbin")
+
+
+def mosquitto(tmp_path: Path, extra: str = "", port: int | None = None) -> Broker:
+    """Not started yet. `extra` is added to the configuration."""
+    if MOSQUITTO is None:
+        raise RuntimeError("mosquitto is not installed")
+    port = port or free_port()
+    anonymous = "" if "allow_anonymous" in extra else "allow_anonymous true\n"
+    config = tmp_path / f"mosquitto-{port}.conf"
+    listener = "" if "listener" in extra else f"listener {port} 127.0.0.1\n"
+    config.write_text(f"{listener}{anonymous}set_tcp_nodelay true\npersistence false\nlog_dest stderr\n{extra}\n")
+    return Broker([MOSQUITTO, "-c", str(config)], port, "mosquitto", tmp_path / f"mosquitto-{port}.log")
+
+
+RUMQTTD = """
+id = 0
+[router]
+id = 0
+max_connections = 100
+max_outgoing_packet_count = 200
+max_segment_size = 1048576
+max_segment_count = 10
+[v5.1]
+name = "v5-1"
+listen = "127.0.0.1:{port}"
+next_connection_delay_ms = 1
+[v5.1.connections]
+connection_timeout_ms = 5000
+max_payload_size = 262144
+max_inflight_count = 200
+dynamic_filters = true
+"""
+
+
+def rumqttd(tmp_path: Path, port: int | None = None) -> Broker:
+    """The Rust broker in the `iotcore` wheel. Not started yet."""
+    port = port or free_port()
+    config = tmp_path / f"rumqttd-{port}.toml"
+    config.write_text(RUMQTTD.format(port=port))
+    serve = f"from iotcore import IotCoreBroker; IotCoreBroker(config_path={str(config)!r}).run_forever()"
+    return Broker([sys.executable, "-c", serve], port, "rumqttd", tmp_path / f"rumqttd-{port}.log")
+
+
+def has_rumqttd() -> bool:
+    return importlib.util.find_spec("iotcore") is not None
+
+
+@contextlib.contextmanager
+def running(broker: Broker) -> Iterator[Broker]:
+    try:
+        yield broker.start()
+    finally:
+        broker.kill()
