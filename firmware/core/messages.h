@@ -1,0 +1,171 @@
+// Message bodies of docs/wire-protocol.md, section 3: what the MCU reads and what it writes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/bytes.h"
+#include "core/limits.h"
+#include "core/sha256.h"
+#include "hal/verify.h"
+
+namespace edge {
+
+constexpr uint8_t kProtocolMajor = 1;
+constexpr uint8_t kProtocolMinor = 0;
+
+enum Type : uint8_t {
+  kHelloReq = 0x01,
+  kPing = 0x02,
+  kInfer = 0x03,
+  kCancel = 0x04,
+  kReset = 0x05,
+  kModelBegin = 0x10,
+  kModelChunk = 0x11,
+  kModelCommit = 0x12,
+  kModelAbort = 0x13,
+  kModelQuery = 0x14,
+  kStatsReq = 0x20,
+  kHello = 0x81,
+  kPong = 0x82,
+  kResult = 0x83,
+  kModelStatus = 0x90,
+  kStats = 0xA0,
+  kLog = 0xA1,
+  kError = 0xFF,
+};
+
+enum class Code : uint16_t {
+  kNone = 0,  // no error; never sent
+  kUnknownType = 1,
+  kBadLength = 2,
+  kBadFragment = 3,
+  kTooLarge = 4,
+  kBusy = 5,
+  kVersion = 6,
+  kNoEngine = 7,
+  kNoModel = 8,
+  kModelMismatch = 9,
+  kDeadline = 10,
+  kCancelled = 11,
+  kInvoke = 12,
+  kNotBegun = 13,
+  kBadOffset = 14,
+  kIncomplete = 15,
+  kDigest = 16,
+  kSignature = 17,
+  kDowngrade = 18,
+  kInvalidModel = 19,
+  kOperator = 20,
+  kArena = 21,
+  kSelftest = 22,
+  kFlash = 23,
+  kInternal = 24,
+};
+
+// What went wrong, and one line for people. `text` is a literal or outlives the answer.
+struct Status {
+  Code code = Code::kNone;
+  const char* text = "";
+  bool ok() const { return code == Code::kNone; }
+};
+
+constexpr uint8_t kLogWarning = 2;
+
+constexpr uint32_t kCapEngine = 1;
+constexpr uint32_t kCapVerifies = 2;
+constexpr uint32_t kCapKeepsModels = 8;
+
+constexpr size_t kModelTag = 8;         // first bytes of the model's SHA-256
+constexpr size_t kFragmentHead = 8;     // total and offset
+constexpr size_t kPongHead = 16;        // t_rx and t_tx
+constexpr size_t kResultHead = 16;      // model, queue_us, compute_us
+constexpr size_t kChunkHead = 4;        // offset
+constexpr size_t kStatusBitmap = 32;    // bytes
+constexpr size_t kManifestSigned = 85;  // MODEL_BEGIN from format through image_sha256
+constexpr size_t kManifestSize = kManifestSigned + 1 + kSignatureSize;
+
+enum class SlotState : uint8_t { kEmpty = 0, kReceiving = 1, kStored = 2, kTrial = 3, kActive = 4, kBad = 5 };
+
+struct HelloReq {
+  uint8_t major = 0;
+  uint8_t minor = 0;
+  uint16_t max_frame = 0;
+  bool parse(Span body);
+};
+
+struct Infer {
+  const uint8_t* model = nullptr;  // kModelTag bytes
+  uint32_t budget_ms = 0;
+  Span inputs;
+  bool parse(Span body);
+};
+
+struct Fragment {
+  uint32_t total = 0;
+  uint32_t offset = 0;
+  Span data;
+  bool parse(Span payload);
+};
+
+struct ModelChunk {
+  uint32_t offset = 0;
+  Span data;
+  bool parse(Span body);
+};
+
+// MODEL_BEGIN; also what the directory in flash keeps of a slot.
+struct Manifest {
+  uint8_t format = 0;
+  uint8_t flags = 0;
+  uint16_t chunk = 0;
+  uint32_t model_length = 0;
+  uint32_t selftest_length = 0;
+  uint32_t counter = 0;
+  uint32_t arena = 0;
+  uint8_t selftest_tolerance = 0;
+  uint8_t model_sha256[kSha256Size] = {};
+  uint8_t image_sha256[kSha256Size] = {};
+  uint8_t signature_kind = 0;
+  uint8_t signature[kSignatureSize] = {};
+
+  bool parse(Span body);
+  // kManifestSize bytes, with a signature of zeros if there is none.
+  void write(Writer& out) const;
+  uint64_t image_length() const { return static_cast<uint64_t>(model_length) + selftest_length; }
+};
+
+constexpr uint8_t kAllowDowngrade = 1;  // MODEL_BEGIN.flags
+constexpr uint8_t kSignatureEd25519 = 1;
+
+struct ModelStatus {
+  uint8_t slot = 0xFF;
+  SlotState state = SlotState::kEmpty;
+  uint16_t chunk = 0;
+  uint32_t length = 0;
+  uint32_t received = 0;
+  uint32_t next = 0;
+  uint8_t bitmap[kStatusBitmap] = {};
+  uint8_t image_sha256[kSha256Size] = {};
+  void write(Writer& out) const;
+};
+
+// Numbers as in STATS; those not counted on a board are not sent.
+struct Stats {
+  uint64_t frames_received = 0;
+  uint64_t frames_sent = 0;
+  uint64_t bad_crc = 0;
+  uint64_t bad_frames = 0;
+  uint64_t oversize = 0;
+  uint64_t inferences = 0;
+  uint64_t inferences_failed = 0;
+  uint64_t busy = 0;
+  uint64_t expired = 0;
+  uint64_t compute_us = 0;
+  uint64_t lost_frames = 0;
+  uint64_t answers_repeated = 0;
+  uint64_t queue_high_water = 0;
+  void write(Writer& out, uint64_t uptime_us, uint64_t arena_used, uint64_t flash_operations) const;
+};
+
+}  // namespace edge

@@ -1,0 +1,85 @@
+// The protocol's MCU side. Bytes in, frames out through the board's UART; one request computed per poll.
+//
+// `feed` and `poll` are called from one thread and not from within each other. The object is large (limits.h)
+// and meant to be static; it never allocates.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/frame.h"
+#include "core/limits.h"
+#include "core/messages.h"
+#include "core/model_update.h"
+#include "core/requests.h"
+#include "engine/engine.h"
+#include "hal/hal.h"
+#include "hal/verify.h"
+
+namespace edge {
+
+class Session {
+ public:
+  // `window` is 1 to kMaxWindow; `verifier` may be null.
+  Session(Hal& hal, Engine& engine, Verifier* verifier, size_t window);
+
+  // Loads the active model and announces the reset with HELLO.
+  void start();
+
+  // Takes received bytes. PING, HELLO_REQ, CANCEL and RESET are answered at once, all else is queued.
+  void feed(const uint8_t* data, size_t size);
+
+  // Runs the oldest queued request. True if more are queued.
+  bool poll();
+
+ private:
+  void on_frame(const Frame& frame);
+  void on_fragment(const Frame& frame);
+  void on_message(const FrameHeader& header, Span body, bool pooled);
+  bool answer_at_once(const FrameHeader& header, Span body);
+  void enqueue(const FrameHeader& header, Span body, bool pooled);
+  void count_gap(const FrameHeader& header);
+
+  void on_hello_req(uint32_t id, Span body);
+  void on_ping(uint32_t id, Span body);
+  void on_cancel(uint32_t id);
+
+  // Each writes the answer's body and sets its type.
+  Status execute(const Request& request, Writer& out, uint8_t* type);
+  Status infer(const Request& request, Writer& out);
+  Status model_message(const Request& request, Writer& out);
+  void write_hello(Writer& out);
+
+  void send(uint8_t type, uint32_t id, Span body);
+  void send_frame(uint8_t type, uint8_t flags, uint32_t id, Span head, Span body);
+  Span error_body(const Status& status);
+  void send_error(uint32_t id, const Status& status) { send(kError, id, error_body(status)); }
+  void log(uint8_t level, const char* text);
+
+  Hal& hal_;
+  Engine& engine_;
+  ModelUpdate models_;
+  size_t window_;
+  uint64_t boot_id_ = 0;
+
+  FrameDecoder decoder_;
+  RequestQueue queue_;
+  AnswerStore answers_;
+  Reassembly reassembly_;
+  BodyPool pool_;
+  Stats stats_;
+
+  size_t peer_max_frame_ = kMinFrame;
+  bool version_matches_ = true;
+  bool resetting_ = false;
+  bool seq_known_ = false;
+  uint16_t seq_expected_ = 0;
+  uint16_t seq_sent_ = 0;
+
+  uint8_t rx_[kMaxFrame];
+  uint8_t tx_[kMaxLine];
+  uint8_t text_[2 + kMaxText];
+  uint8_t answer_[kMaxMessage];
+};
+
+}  // namespace edge

@@ -1,0 +1,144 @@
+// The session's queued requests: what poll() computes.
+#include <cstring>
+
+#include "core/session.h"
+
+namespace edge {
+
+#ifndef EDGE_BUILD
+#error "EDGE_BUILD is the firmware version that HELLO reports: -DEDGE_BUILD='\"...\"'"
+#endif
+
+bool Session::poll() {
+  if (resetting_ || queue_.size() == 0) return false;
+  hal_.watchdog_kick();
+  const Request request = queue_.pop();
+  Writer out(answer_, sizeof answer_);
+  uint8_t type = kError;
+  const Status status = execute(request, out, &type);
+  const Span body = status.ok() ? Span{answer_, out.size()} : error_body(status);
+  if (!status.ok()) type = kError;
+  pool_.give(request.body);
+  answers_.remember(request.id, type, body);
+  send(type, request.id, body);
+  return queue_.size() > 0;
+}
+
+Status Session::execute(const Request& request, Writer& out, uint8_t* type) {
+  switch (request.type) {
+    case kInfer:
+      *type = kResult;
+      return infer(request, out);
+    case kStatsReq:
+      *type = kStats;
+      stats_.write(out, hal_.clock_us(), models_.info().arena_used, models_.store().operations());
+      return {};
+    default:
+      *type = kModelStatus;
+      return model_message(request, out);
+  }
+}
+
+Status Session::infer(const Request& request, Writer& out) {
+  Infer message;
+  if (!message.parse({request.body, request.size})) return {Code::kBadLength, ""};
+  if (!models_.has_engine()) return {Code::kNoEngine, ""};
+  if (models_.loaded() < 0) return {Code::kNoModel, ""};
+  const Manifest& manifest = models_.store().slot(static_cast<size_t>(models_.loaded())).manifest;
+  if (memcmp(manifest.model_sha256, message.model, kModelTag) != 0) return {Code::kModelMismatch, ""};
+  const ModelInfo& info = models_.info();
+  if (message.inputs.size != info.input_bytes) return {Code::kBadLength, "inputs"};
+
+  const uint64_t started = hal_.clock_us();
+  const uint64_t waited = started - request.received_us;
+  if (message.budget_ms != 0 && waited >= static_cast<uint64_t>(message.budget_ms) * 1000) {
+    ++stats_.expired;
+    return {Code::kDeadline, ""};
+  }
+  // The outputs go straight to their place in the answer; the head follows when the time is known.
+  uint8_t* outputs = answer_ + kResultHead;
+  const bool good = engine_.invoke(message.inputs, outputs, info.output_bytes);
+  const uint64_t computed = hal_.clock_us() - started;
+  stats_.compute_us += computed;
+  ++stats_.inferences;
+  if (!good) {
+    ++stats_.inferences_failed;
+    return {Code::kInvoke, engine_.last_error()};
+  }
+  out.bytes(message.model, kModelTag);
+  out.u32(static_cast<uint32_t>(waited));
+  out.u32(static_cast<uint32_t>(computed));
+  out.skip(info.output_bytes);
+  return out.ok() ? Status{} : Status{Code::kInternal, "outputs over the answer buffer"};
+}
+
+Status Session::model_message(const Request& request, Writer& out) {
+  const Span body{request.body, request.size};
+  ModelStatus answer;
+  Status status;
+  switch (request.type) {
+    case kModelBegin:
+      status = models_.begin(body);
+      break;
+    case kModelChunk:
+      status = models_.chunk(body);
+      break;
+    case kModelAbort:
+      status = models_.abort();
+      break;
+    case kModelCommit:
+      status = models_.commit(answer_, sizeof answer_);
+      break;
+    default:  // MODEL_QUERY only asks
+      break;
+  }
+  if (!status.ok()) return status;
+  if (request.type == kModelCommit) {
+    answer = models_.store().status_of(static_cast<size_t>(models_.loaded()));
+  } else {
+    answer = models_.store().status();
+  }
+  answer.write(out);
+  return {};
+}
+
+void Session::write_hello(Writer& out) {
+  const ModelStore& store = models_.store();
+  uint32_t capabilities = kCapKeepsModels;
+  if (models_.has_engine()) capabilities |= kCapEngine;
+  if (models_.verifies()) capabilities |= kCapVerifies;
+  const Span operators = engine_.operators();
+
+  out.u8(kProtocolMajor);
+  out.u8(kProtocolMinor);
+  out.u16(kMaxFrame);
+  out.u32(kMaxMessage);
+  out.u8(static_cast<uint8_t>(window_));
+  out.u8(static_cast<uint8_t>(hal_.reset_cause()));
+  out.u64(boot_id_);
+  out.u32(capabilities);
+  out.u32(engine_.arena_size());
+  out.u32(store.slot_size());
+  out.u64(hal_.unique_id());
+  out.str8(hal_.board_name());
+  out.str8(EDGE_BUILD);
+  out.str8(engine_.name());
+  out.u8(static_cast<uint8_t>(operators.size));
+  out.bytes(operators.data, operators.size);
+  out.u8(kSlots);
+  for (size_t i = 0; i < kSlots; ++i) {
+    const Slot& slot = store.slot(i);
+    const bool runs = models_.loaded() == static_cast<int>(i);
+    const ModelInfo info = runs ? models_.info() : ModelInfo();
+    out.u8(static_cast<uint8_t>(i));
+    out.u8(static_cast<uint8_t>(slot.state));
+    out.u32(slot.manifest.model_length);
+    out.bytes(slot.manifest.model_sha256, kSha256Size);
+    out.u32(slot.manifest.counter);
+    out.u32(info.input_bytes);
+    out.u32(info.output_bytes);
+    out.u32(info.arena_used);
+  }
+}
+
+}  // namespace edge

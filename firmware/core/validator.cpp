@@ -1,0 +1,314 @@
+#include "core/validator.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "core/flatbuffer.h"
+#include "core/limits.h"
+
+namespace edge {
+namespace {
+
+using flatbuffer::Buffer;
+using flatbuffer::Table;
+using flatbuffer::Vector;
+
+constexpr uint32_t kSchemaVersion = 3;
+constexpr uint32_t kAny = 0xFF;
+
+// What the kernels read without looking: an operator with fewer tensors would make them read behind a list.
+struct Arity {
+  uint8_t code;
+  uint8_t min_inputs;
+  uint8_t max_inputs;
+  uint8_t outputs;
+};
+
+constexpr Arity kArity[] = {
+    {0, 2, 2, 1},      // ADD
+    {1, 1, 1, 1},      // AVERAGE_POOL_2D
+    {2, 1, 16, 1},     // CONCATENATION
+    {3, 2, 3, 1},      // CONV_2D
+    {4, 2, 3, 1},      // DEPTHWISE_CONV_2D
+    {6, 1, 1, 1},      // DEQUANTIZE
+    {9, 2, 3, 1},      // FULLY_CONNECTED
+    {14, 1, 1, 1},     // LOGISTIC
+    {17, 1, 1, 1},     // MAX_POOL_2D
+    {18, 2, 2, 1},     // MUL
+    {19, 1, 1, 1},     // RELU
+    {21, 1, 1, 1},     // RELU6
+    {22, 1, 2, 1},     // RESHAPE
+    {25, 1, 1, 1},     // SOFTMAX
+    {28, 1, 1, 1},     // TANH
+    {34, 2, 2, 1},     // PAD
+    {39, 2, 2, 1},     // TRANSPOSE
+    {40, 2, 2, 1},     // MEAN
+    {41, 2, 2, 1},     // SUB
+    {43, 1, 1, 1},     // SQUEEZE
+    {45, 4, 4, 1},     // STRIDED_SLICE
+    {49, 2, 2, kAny},  // SPLIT
+    {55, 2, 2, 1},     // MAXIMUM
+    {56, 2, 2, 1},     // ARG_MAX
+    {57, 2, 2, 1},     // MINIMUM
+    {60, 3, 3, 1},     // PADV2
+    {67, 3, 4, 1},     // TRANSPOSE_CONV
+    {70, 2, 2, 1},     // EXPAND_DIMS
+    {74, 2, 2, 1},     // SUM
+    {77, 1, 1, 1},     // SHAPE
+    {83, 1, 16, 1},    // PACK
+    {97, 2, 2, 1},     // RESIZE_NEAREST_NEIGHBOR
+    {98, 1, 1, 1},     // LEAKY_RELU
+    {114, 1, 1, 1},    // QUANTIZE
+    {117, 1, 1, 1},    // HARD_SWISH
+};
+
+// Bytes per element of the tensor types that the kernels take, 0 for the others.
+size_t element_size(uint8_t type) {
+  switch (type) {
+    case 0:  // FLOAT32
+    case 2:  // INT32
+      return 4;
+    case 3:  // UINT8
+    case 6:  // BOOL
+    case 9:  // INT8
+      return 1;
+    case 4:  // INT64
+      return 8;
+    case 7:  // INT16
+      return 2;
+    default:
+      return 0;
+  }
+}
+
+Status invalid(const char* text) { return {Code::kInvalidModel, text}; }
+
+class Validator {
+ public:
+  Validator(Span model, Span operators) : file_(model), operators_(operators) {}
+
+  Status run(Span model, ModelShape* shape) {
+    if (model.size < 8 || memcmp(model.data + 4, "TFL3", 4) != 0) return invalid("not a TFL3 file");
+    Table root(&file_, file_.scalar(0, 4));
+    if (root.u(0, 4) != kSchemaVersion) return invalid("schema version");
+    codes_ = root.vector(1, 4);
+    buffers_ = root.vector(4, 4);
+    const Vector subgraphs = root.vector(2, 4);
+    if (!file_.ok()) return invalid("root table");
+    if (subgraphs.size() != 1) return invalid("one subgraph expected");
+
+    Status status = operator_codes();
+    if (status.ok()) status = buffers();
+    if (!status.ok()) return status;
+
+    Table graph(&file_, subgraphs.table_at(0));
+    tensors_ = graph.vector(0, 4);
+    const Vector inputs = graph.vector(1, 4);
+    const Vector outputs = graph.vector(2, 4);
+    const Vector operators = graph.vector(3, 4);
+    if (!file_.ok()) return invalid("subgraph");
+    status = tensors();
+    if (status.ok()) status = graph_io(inputs, &shape->input_bytes, true);
+    if (status.ok()) status = graph_operators(operators);
+    if (status.ok()) status = graph_io(outputs, &shape->output_bytes, false);
+    return status;
+  }
+
+ private:
+  Status operator_codes() {
+    if (codes_.size() == 0 || codes_.size() > kMaxOperatorCodes) return invalid("number of operator codes");
+    for (uint32_t i = 0; i < codes_.size(); ++i) {
+      Table code(&file_, codes_.table_at(i));
+      const uint32_t deprecated = static_cast<uint8_t>(code.u(0, 1));
+      const uint32_t builtin = static_cast<uint32_t>(code.u(3, 4));
+      const bool custom = code.has(1);
+      if (!file_.ok()) return invalid("operator code table");
+      const uint32_t value = builtin > deprecated ? builtin : deprecated;
+      if (custom) return {Code::kOperator, "custom operator"};
+      if (!allowed(value)) return {Code::kOperator, "operator that the engine lacks"};
+      code_of_[i] = arity_index(value);
+    }
+    return {};
+  }
+
+  bool allowed(uint32_t code) const {
+    if (arity_index(code) == kAny) return false;
+    return code < 128 && operators_.size > 0 &&
+           memchr(operators_.data, static_cast<int>(code), operators_.size) != nullptr;
+  }
+
+  static uint8_t arity_index(uint32_t code) {
+    for (uint8_t i = 0; i < sizeof kArity / sizeof kArity[0]; ++i) {
+      if (kArity[i].code == code) return i;
+    }
+    return kAny;
+  }
+
+  Status buffers() {
+    if (buffers_.size() == 0 || buffers_.size() > kMaxBuffers) return invalid("number of buffers");
+    for (uint32_t i = 0; i < buffers_.size(); ++i) {
+      const Vector data = buffer_data(i);
+      if (!file_.ok()) return invalid("buffer outside the file");
+      if (i == 0 && data.size() != 0) return invalid("buffer 0 is not empty");
+    }
+    return {};
+  }
+
+  Vector buffer_data(uint32_t index) {
+    Table buffer(&file_, buffers_.table_at(index));
+    // Data behind the FlatBuffer (`offset`, `size`) is for files over 2 GB. 1 is how converters write "not
+    // used".
+    if (buffer.u(1, 8) > 1 || buffer.u(2, 8) > 1) file_.fail();
+    return buffer.vector(0, 1);
+  }
+
+  Status tensors() {
+    if (tensors_.size() == 0 || tensors_.size() > kMaxTensors) return invalid("number of tensors");
+    for (uint32_t i = 0; i < tensors_.size(); ++i) {
+      Table tensor(&file_, tensors_.table_at(i));
+      const Vector shape = tensor.vector(0, 4);
+      const uint64_t size = tensor_bytes(i);
+      const uint32_t buffer = static_cast<uint32_t>(tensor.u(2, 4));
+      const bool variable = tensor.u(5, 1) != 0;
+      if (!file_.ok()) return invalid("tensor table");
+      if (size == 0) return invalid("tensor type or shape");
+      if (buffer >= buffers_.size()) return invalid("buffer index");
+      if (tensor.has(6) || tensor.has(9)) return invalid("sparse or variant tensor");
+      const Vector data = buffer_data(buffer);
+      if (data.size() != 0) {
+        if (data.size() != size) return invalid("buffer and tensor differ in size");
+        if (variable) return invalid("variable tensor with data");
+        if (data.position() % 4 != 0) return invalid("buffer is not aligned");
+      }
+      if (data.size() != 0 || variable) made(i);
+      if (!quantization(tensor, shape)) return invalid("quantization parameters");
+    }
+    return {};
+  }
+
+  // 0 if the type or a dimension is not one that can be computed with.
+  uint64_t tensor_bytes(uint32_t index) {
+    Table tensor(&file_, tensors_.table_at(index));
+    const Vector shape = tensor.vector(0, 4);
+    uint64_t size = element_size(static_cast<uint8_t>(tensor.u(1, 1)));
+    if (shape.size() > kMaxRank) return 0;
+    for (uint32_t d = 0; d < shape.size(); ++d) {
+      const int32_t dimension = shape.i32(d);
+      if (dimension < 1) return 0;
+      size *= static_cast<uint32_t>(dimension);
+      if (size > INT32_MAX) return 0;  // below 2^31 before, times less than 2^31: no overflow in 64 bits
+    }
+    return size;
+  }
+
+  bool quantization(Table& tensor, const Vector& shape) {
+    const uint64_t at = tensor.target(4);
+    if (at == 0) return file_.ok();
+    Table table(&file_, at);
+    const Vector scale = table.vector(2, 4);
+    const Vector zero_point = table.vector(3, 8);
+    const uint32_t axis = static_cast<uint32_t>(table.u(6, 4));
+    if (!file_.ok() || table.u(4, 1) != 0) return false;
+    if (scale.size() == 0) return zero_point.size() == 0;
+    for (uint32_t i = 0; i < scale.size(); ++i) {
+      const uint32_t bits = static_cast<uint32_t>(scale.u(i));
+      float value;
+      memcpy(&value, &bits, sizeof value);
+      // Zero is written for a channel whose weights are all zero.
+      if (!std::isfinite(value) || value < 0) return false;
+    }
+    if (zero_point.size() != scale.size()) return false;
+    if (scale.size() == 1) return true;
+    return axis < shape.size() && scale.size() == static_cast<uint32_t>(shape.i32(axis));
+  }
+
+  Status graph_io(const Vector& list, uint32_t* total, bool is_input) {
+    if (list.size() == 0 || list.size() > kMaxModelIo) return invalid("number of inputs or outputs");
+    uint64_t sum = 0;
+    for (uint32_t i = 0; i < list.size(); ++i) {
+      const uint32_t index = static_cast<uint32_t>(list.u(i));
+      if (index >= tensors_.size()) return invalid("input or output index");
+      if (is_input && is_made(index)) return invalid("input that is constant or named twice");
+      if (!is_input && !is_made(index)) return invalid("output that nothing makes");
+      if (is_input) made(index);
+      sum += tensor_bytes(index);
+    }
+    if (sum > kMaxMessage - (is_input ? kModelTag + 4 : kResultHead))
+      return invalid("inputs or outputs over max_message");
+    *total = static_cast<uint32_t>(sum);
+    return {};
+  }
+
+  Status graph_operators(const Vector& operators) {
+    if (operators.size() == 0 || operators.size() > kMaxOperators) return invalid("number of operators");
+    for (uint32_t i = 0; i < operators.size(); ++i) {
+      Table op(&file_, operators.table_at(i));
+      const uint32_t code = static_cast<uint32_t>(op.u(0, 4));
+      const Vector inputs = op.vector(1, 4);
+      const Vector outputs = op.vector(2, 4);
+      const Vector intermediates = op.vector(8, 4);
+      if (!file_.ok()) return invalid("operator table");
+      if (code >= codes_.size()) return invalid("operator code index");
+      const Arity& arity = kArity[code_of_[code]];
+      if (inputs.size() < arity.min_inputs || inputs.size() > arity.max_inputs)
+        return invalid("operator inputs");
+      if (arity.outputs == kAny ? outputs.size() < 1 || outputs.size() > kMaxModelIo
+                                : outputs.size() != arity.outputs) {
+        return invalid("operator outputs");
+      }
+      if (intermediates.size() != 0) return invalid("operator with intermediates");
+      if (op.has(9) || op.has(10) || op.has(12)) return invalid("large or second options");
+      if (!options(op)) return invalid("operator options");
+
+      for (uint32_t k = 0; k < inputs.size(); ++k) {
+        // -1 is an optional tensor that is absent: only behind those that the kernel always reads.
+        if (inputs.i32(k) == -1 && k >= arity.min_inputs) continue;
+        const uint32_t tensor = static_cast<uint32_t>(inputs.u(k));
+        if (tensor >= tensors_.size()) return invalid("operator input index");
+        if (!is_made(tensor)) return invalid("operator reads what nothing made");
+      }
+      for (uint32_t k = 0; k < outputs.size(); ++k) {
+        const uint32_t tensor = static_cast<uint32_t>(outputs.u(k));
+        if (tensor >= tensors_.size()) return invalid("operator output index");
+        if (is_made(tensor)) return invalid("tensor is written twice");
+        made(tensor);
+      }
+    }
+    return {};
+  }
+
+  // Options are scalars, except for RESHAPE and SQUEEZE, whose field 0 is a list of integers.
+  bool options(Table& op) {
+    constexpr uint64_t kReshapeOptions = 17;
+    constexpr uint64_t kSqueezeOptions = 30;
+    const uint64_t type = op.u(3, 1);
+    const uint64_t at = op.target(4);
+    if (at == 0) return file_.ok();
+    Table table(&file_, at);
+    // An option may be read as a scalar of up to 8 bytes that begins at the table's last byte.
+    file_.inside(table.end(), 1, 7);
+    if (type == kReshapeOptions || type == kSqueezeOptions) {
+      if (table.vector(0, 4).size() > kMaxRank) return false;
+    }
+    return file_.ok();
+  }
+
+  void made(uint32_t tensor) { made_[tensor / 8] |= static_cast<uint8_t>(1u << (tensor % 8)); }
+  bool is_made(uint32_t tensor) const { return (made_[tensor / 8] >> (tensor % 8) & 1) != 0; }
+
+  Buffer file_;
+  Span operators_;
+  Vector codes_;
+  Vector buffers_;
+  Vector tensors_;
+  uint8_t code_of_[kMaxOperatorCodes] = {};  // operator code -> its place in kArity
+  uint8_t made_[kMaxTensors / 8] = {};       // tensors that have a value so far
+};
+
+}  // namespace
+
+Status validate_model(Span model, Span operators, ModelShape* shape) {
+  return Validator(model, operators).run(model, shape);
+}
+
+}  // namespace edge
