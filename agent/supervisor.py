@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from typing import Any
@@ -97,7 +98,7 @@ class Supervisor:
         self._tasks.clear()
 
     async def _run(self, component: Component, work: Callable[[Component], Awaitable[None]]) -> None:
-        backoff = Backoff(RESTART_INITIAL_S, RESTART_MAX_S)
+        backoff = Backoff(RESTART_INITIAL_S, RESTART_MAX_S, random.random)
         while True:
             try:
                 await work(component)
@@ -108,4 +109,4 @@ class Supervisor:
                 log.exception("task failed", extra={"component": component.name})
                 reason = f"{type(error).__name__}: {error}"
             component.set(ComponentState.DOWN, reason)
-            await asyncio.sleep(backoff.next_delay())
+            await asyncio.sleep(backoff.failed(self._clock.monotonic()))

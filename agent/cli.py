@@ -1,0 +1,132 @@
+"""`edge-agent`: argv to one of its commands. Each command's own imports happen when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from agent import __version__, cli_client, cli_mcu, cli_worker
+from agent.core.errors import ConfigError, EdgeAgentError
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 ok, 1 failed, 2 usage or configuration."""
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+        return EXIT_USAGE
+    except EdgeAgentError as error:
+        print(f"edge-agent: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has gone (`| head`): nothing more to say, and nowhere to say it
+        return EXIT_OK
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edge-agent",
+        description="One inference request path across a microcontroller, the gateway and the cloud.",
+    )
+    parser.add_argument("--version", action="version", version=f"edge-agent {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run the daemon")
+    run.add_argument("--config", type=Path, metavar="FILE", help="YAML file; default: settings from the environment")
+    run.set_defaults(run=_run)
+
+    check = commands.add_parser("check", help="check a configuration file and the catalogue it names; change nothing")
+    check.add_argument("config", type=Path, metavar="FILE")
+    check.set_defaults(run=_check)
+
+    cli_client.add_parsers(commands)
+    cli_mcu.add_parser(commands)
+    cli_worker.add_parser(commands)
+
+    models = commands.add_parser("models", help="list the models of a catalogue")
+    models.add_argument("--catalog", type=Path, metavar="FILE")
+    models.set_defaults(run=_models)
+
+    demo = commands.add_parser("demo", help="a whole gateway at work on this machine, with three outages")
+    demo.set_defaults(run=_later("hil.demo.main"))
+    demo.add_argument("--seconds", type=float, default=60.0, metavar="N", help="how long (20 to 3600; default 60)")
+    demo.add_argument("--json", type=Path, metavar="FILE", help="write the summary here as well")
+    demo.add_argument("--http-port", type=int, default=8080, help="of the status page; another one if it is taken")
+
+    bench = commands.add_parser("bench", help="measure the daemon's own cost beside the floor, in one run")
+    bench.set_defaults(run=_later("hil.bench.main"))
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    bench.add_argument("--seconds", type=float, default=3.0, metavar="N", help="for each measurement (default 3)")
+    bench.add_argument("--only", action="append", metavar="NAME", help="pipeline, mqtt, http, mcu, wire or start")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    from agent.app import run
+
+    return run(args.config)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from agent.config_load import load_config
+    from agent.registry.catalog import load_catalog
+    from agent.registry.locate import catalog_path
+
+    config = load_config(args.config)
+    catalog = load_catalog(catalog_path(config.models.catalog))
+    unknown = [
+        f"{args.config}: sensors.{topic}.model: must be one of {sorted(catalog.families)}, found {sensor.model!r}"
+        for topic, sensor in config.sensors.items()
+        if sensor.model not in catalog.families
+    ]
+    if unknown:
+        raise ConfigError(unknown)
+    lanes, boards = len(config.cloud.lanes), len(config.edge_mcu.ports)
+    print(f"{args.config}: ok: {boards} microcontrollers, {lanes} cloud lanes, {len(config.sensors)} sensors")
+    return EXIT_OK
+
+
+def _models(args: argparse.Namespace) -> int:
+    from agent.registry.catalog import load_catalog
+    from agent.registry.locate import catalog_path
+
+    catalog = load_catalog(catalog_path(args.catalog))
+    print(f"{'model':24} {'targets':20} {'format':7} {'bytes':>9} {'parameters':>10} {'accuracy':>9}  sha256")
+    for family in catalog.families.values():
+        for variant in family.variants.values():
+            print(
+                f"{variant.name:24} {','.join(variant.targets):20} {variant.format:7} {variant.bytes:9} "
+                f"{variant.parameters:10} {variant.accuracy.value:9.4f}  {variant.sha256[:16]}"
+            )
+    return EXIT_OK
+
+
+def _later(module: str) -> object:
+    """A command of the rig: imported only when it runs, and only where the rig is installed."""
+
+    def run(args: argparse.Namespace) -> int:
+        import importlib
+
+        try:
+            command = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            print(f"edge-agent: needs the extra `hil`: {error}", file=sys.stderr)
+            return EXIT_FAILED
+        code: int = command.main(args)
+        return code
+
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The demonstration: a whole gateway at work on this machine, with three outages."""

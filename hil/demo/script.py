@@ -1,0 +1,87 @@
+"""What happens when: the three outages, as parts of the run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hil.linkcut import LinkCut
+from hil.virtual.control import Control
+
+CLOUDS = ("cloud_gpu", "cloud_serverless")
+
+
+@dataclass(frozen=True)
+class Outage:
+    """A span of the run, monotonic seconds."""
+
+    name: str
+    start_s: float
+    end_s: float
+    back_s: float
+    """When the parts came back: later than `end_s` where the next outage follows at once."""
+    tiers: tuple[str, ...]
+    """What was taken away."""
+
+
+class Script:
+    """Cuts the cloud link and mends it; unplugs the microcontroller; then hangs the gateway's runtime (SIGSTOP of the
+    process that runs it) and cuts the cloud link as well, so that nothing can be asked; then brings everything back."""
+
+    def __init__(self, link: LinkCut, control: Control, runtime_pid: int) -> None:
+        self._link = link
+        self._control = control
+        self._runtime_pid = runtime_pid
+        self._at: dict[str, float] = {}
+        self._scenes: list[tuple[float, Callable[[], str]]] = [
+            (0.18, self._cut),
+            (0.33, self._mend),
+            (0.43, self._unplug),
+            (0.55, self._all_away),
+            (0.70, self._all_back),
+        ]
+
+    def advance(self, part: float, say: Callable[[str], None]) -> None:
+        """Play what is due when this part (0 to 1) of the run is over."""
+        while self._scenes and part >= self._scenes[0][0]:
+            _, scene = self._scenes.pop(0)
+            event = scene()
+            self._at[scene.__name__] = time.monotonic()
+            say(event)
+
+    def outages(self) -> list[Outage]:
+        """After the run."""
+        at = self._at
+        cut, mended, unplugged = at["_cut"], at["_mend"], at["_unplug"]
+        away, back = at["_all_away"], at["_all_back"]
+        return [
+            Outage("cloud link cut", cut, mended, mended, CLOUDS),
+            Outage("microcontroller unplugged", unplugged, away, back, ("edge_mcu",)),
+            Outage("gateway runtime hung and cloud link cut as well", away, back, back, ("edge_gpu", *CLOUDS)),
+        ]
+
+    def _cut(self) -> str:
+        self._link.cut()
+        return "the cloud link is CUT"
+
+    def _mend(self) -> str:
+        self._link.mend()
+        return "the cloud link is back"
+
+    def _unplug(self) -> str:
+        self._control.unplug()
+        return "the microcontroller is UNPLUGGED"
+
+    def _all_away(self) -> str:
+        self._link.cut()
+        os.kill(self._runtime_pid, signal.SIGSTOP)
+        return "the gateway's runtime HANGS and the cloud link is CUT as well: nothing can be asked"
+
+    def _all_back(self) -> str:
+        os.kill(self._runtime_pid, signal.SIGCONT)
+        self._link.mend()
+        self._control.plug()
+        return "everything is back"

@@ -1,0 +1,196 @@
+"""Real processes for the demonstration, the benchmarks and the tests: brokers, workers, the virtual microcontroller and
+the daemon, each of which can be killed, stopped and continued."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import yaml
+
+START_LIMIT_S = 20.0
+"""The slowest of them, the virtual microcontroller's first inference, takes about two seconds on a small machine."""
+STOP_LIMIT_S = 8.0
+POLL_S = 0.02
+LOG_TAIL = 2000
+
+
+class StartError(Exception):
+    """A process did not become ready. The message ends with the tail of its log."""
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Process:
+    """One child process and its log file."""
+
+    def __init__(self, name: str, command: Sequence[str], log: Path, environ: Mapping[str, str] | None = None) -> None:
+        self.name = name
+        self.log = log
+        with log.open("ab") as sink:
+            self._child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(environ or {})},
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def alive(self) -> bool:
+        return self._child.poll() is None
+
+    def kill(self) -> None:
+        """SIGKILL: no chance to say goodbye."""
+        self._child.kill()
+        self._child.wait()
+
+    def pause(self) -> None:
+        """SIGSTOP: alive, connected, and silent."""
+        self._child.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._child.send_signal(signal.SIGCONT)
+
+    def terminate(self, limit_s: float = STOP_LIMIT_S) -> int:
+        """SIGTERM, then SIGKILL after `limit_s`. Returns the exit code."""
+        if self.alive():
+            self._child.send_signal(signal.SIGCONT)
+            self._child.terminate()
+            try:
+                self._child.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                self._child.kill()
+        return self._child.wait()
+
+    def wait_for_log(self, text: str, limit_s: float = START_LIMIT_S) -> None:
+        """Until its log holds `text`. Raises `StartError`."""
+        self.wait_until(lambda: text in self.tail(1 << 20), f"{text!r} in its log", limit_s)
+
+    def wait_until(self, condition: object, what: str, limit_s: float = START_LIMIT_S) -> None:
+        """Until `condition()` is true. Raises `StartError` when the process ends or the time is over."""
+        assert callable(condition)
+        end = time.monotonic() + limit_s
+        while not condition():
+            if not self.alive():
+                raise StartError(f"{self.name} ended with code {self._child.returncode}:\n{self.tail()}")
+            if time.monotonic() > end:
+                raise StartError(f"{self.name}: no {what} after {limit_s:.0f} s:\n{self.tail()}")
+            time.sleep(POLL_S)
+
+    def tail(self, size: int = LOG_TAIL) -> str:
+        with self.log.open("rb") as log:
+            log.seek(max(0, self.log.stat().st_size - size))
+            return log.read().decode("utf-8", "replace")
+
+
+class Stage:
+    """A folder and the processes started in it. Leaving the `with` block stops them in reverse order."""
+
+    def __init__(self, keep: Path | None = None) -> None:
+        self._temporary = None if keep else tempfile.TemporaryDirectory(prefix="edge-agent-")
+        self.folder = keep or Path(self._temporary.name if self._temporary else ".")
+        self._processes: list[Process] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in reversed(self._processes):
+            process.terminate()
+        if self._temporary:
+            self._temporary.cleanup()
+
+    def start(self, name: str, command: Sequence[str], environ: Mapping[str, str] | None = None) -> Process:
+        process = Process(name, command, self.folder / f"{name}.log", environ)
+        self._processes.append(process)
+        return process
+
+    def broker(self, name: str, port: int) -> Process:
+        """A broker on loopback: mosquitto if it is installed, else the rumqttd wheel."""
+        executable = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
+        if executable:
+            config = self.folder / f"{name}.conf"
+            config.write_text(
+                f"listener {port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\npersistence false\n"
+            )
+            command = [executable, "-c", str(config)]
+        else:
+            command = [sys.executable, "-m", "hil.rumqttd", "--port", str(port)]
+        process = self.start(name, command)
+        process.wait_until(lambda: _listens(port), f"listener on port {port}")
+        return process
+
+    def virtual_mcu(self, link: Path, *options: str, name: str = "mcu") -> Process:
+        """A virtual microcontroller whose port is `link`."""
+        command = [
+            sys.executable,
+            "-m",
+            "hil.virtual",
+            "--link",
+            str(link),
+            "--flash",
+            str(self.folder / f"{name}.flash"),
+        ]
+        process = self.start(name, [*command, *options])
+        process.wait_for_log('"ready"')
+        return process
+
+    def worker(self, name: str, broker: str, topic: str, *options: str) -> Process:
+        """A cloud worker, serving when this returns."""
+        command = [sys.executable, "-m", "agent.cli", "worker", "--broker", broker, "--topic", topic, "--id", name]
+        process = self.start(name, [*command, *options])
+        process.wait_for_log("serving")
+        return process
+
+    def daemon(self, config: Mapping[str, object], name: str = "daemon") -> Process:
+        """The daemon; returns when it has said READY the way systemd hears it."""
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        notify = self.folder / f"{name}.notify"
+        notify.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+            listener.bind(str(notify))
+            listener.settimeout(POLL_S)
+            process = self.start(
+                name,
+                [sys.executable, "-m", "agent.cli", "run", "--config", str(path)],
+                {"NOTIFY_SOCKET": str(notify), "PYTHONUNBUFFERED": "1"},
+            )
+            process.wait_until(lambda: _ready(listener), "READY=1")
+        return process
+
+
+def _ready(listener: socket.socket) -> bool:
+    try:
+        return b"READY=1" in listener.recv(4096)
+    except TimeoutError:
+        return False
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
