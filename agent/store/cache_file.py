@@ -1,0 +1,318 @@
+"""The cache's file: SQLite, written behind by one thread in batches. Losing it costs computing time, never an answer.
+
+What was put in the last moment before a SIGKILL or a power cut may be missing after it. A damaged file is set aside
+and a new one begun; a file system that is full or read-only is counted and reported, and tried again.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+import time
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+MAX_PENDING = 4096
+"""Answers waiting to be written; one more stays in memory only."""
+GATHER_S = 0.25
+"""How long the first of a batch waits for others: one commit for all of them spares the flash."""
+CLOSE_S = 5.0
+"""How long a close waits for the last batch."""
+KEPT_DAMAGED = 3
+"""Files set aside that are kept; the oldest go."""
+BUSY_S = 2.0
+"""How long SQLite waits for another process that has the file locked, a backup for example."""
+
+_COLUMNS = (
+    "scope, model, digest, variant, model_sha256, label, confidence, tier, target, provider, packed, created_wall, crc"
+)
+_TABLES = ("entries", "last_known")
+
+
+class Row(NamedTuple):
+    """A stored answer. `scope` is the pinned variant (entries) or the producer (last_known)."""
+
+    scope: str
+    model: str
+    digest: bytes
+    variant: str
+    model_sha256: str
+    label: str | None
+    confidence: float | None
+    tier: str
+    target: str
+    provider: str
+    packed: bytes
+    created_wall: float
+
+
+class Answer(Protocol):
+    """What of an entry is stored."""
+
+    @property
+    def variant(self) -> str: ...
+    @property
+    def model_sha256(self) -> str: ...
+    @property
+    def label(self) -> str | None: ...
+    @property
+    def confidence(self) -> float | None: ...
+    @property
+    def tier(self) -> str: ...
+    @property
+    def target(self) -> str: ...
+    @property
+    def provider(self) -> str: ...
+    @property
+    def packed(self) -> bytes: ...
+    @property
+    def created_wall(self) -> float: ...
+
+
+class CacheFile:
+    """Holds at most `limit` rows in each table. Rows are written by a thread of its own."""
+
+    def __init__(self, path: Path, limit: int) -> None:
+        self._path = path
+        self._limit = limit
+        self._entries: dict[tuple[str, str, bytes], Answer] = {}
+        self._last: dict[tuple[str, str], Answer] = {}
+        self._changed = threading.Condition()
+        self._hurry = False
+        self._closing = False
+        self._batches = 0
+        self._writing = False
+        self._thread: threading.Thread | None = None
+        self._connection: sqlite3.Connection | None = None
+        self._since_prune = 0
+        self._counts = {"loaded": 0, "damaged_rows": 0, "written": 0, "dropped": 0, "write_errors": 0}
+        self._error: str | None = None
+        self._set_aside: str | None = None
+
+    def open(self, oldest_wall: float) -> tuple[Sequence[Row], Sequence[Row]]:
+        """Rows created since `oldest_wall`, oldest first, from both tables; then begin to write."""
+        tables: tuple[Sequence[Row], ...] = ((), ())
+        try:
+            connection = self._connect()
+            tables = tuple(self._load(connection, table, oldest_wall) for table in _TABLES)
+            self._prune(connection, oldest_wall)
+        except (sqlite3.Error, OSError) as error:
+            self._failed(error, 0)
+        self._disconnect()
+        self._counts["loaded"] = sum(map(len, tables))
+        self._thread = threading.Thread(target=self._write_behind, name="cache-writer", daemon=True)
+        self._thread.start()
+        return tables[0], tables[1]
+
+    def put(self, key: tuple[str, str, bytes], last_key: tuple[str, str], answer: Answer) -> None:
+        """Have the answer written, under its key and as the producer's last one."""
+        with self._changed:
+            if len(self._entries) >= MAX_PENDING or len(self._last) >= MAX_PENDING:
+                self._counts["dropped"] += 1
+                return
+            wake = not self._entries
+            self._entries[key] = answer
+            self._last[last_key] = answer
+            if wake:
+                self._changed.notify_all()
+
+    def flush(self, timeout_s: float = CLOSE_S) -> bool:
+        """Wait until what is pending now is written. False: it was not."""
+        with self._changed:
+            if self._thread is None:
+                return False
+            errors = self._counts["write_errors"]
+            goal = self._batches + 1 + self._writing
+            if not self._pending():
+                return True
+            self._hurry = True
+            self._changed.notify_all()
+            done = self._changed.wait_for(lambda: self._batches >= goal or not self._pending(), timeout_s)
+            return done and self._counts["write_errors"] == errors
+
+    def close(self) -> None:
+        """Write what is pending and end the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(CLOSE_S)
+            self._thread = None
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            "path": str(self._path),
+            "pending": len(self._entries) + len(self._last),
+            **self._counts,
+            "error": self._error,
+            "set_aside": self._set_aside,
+        }
+
+    def _pending(self) -> bool:
+        return bool(self._entries or self._writing)
+
+    def _write_behind(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._entries or self._closing)
+                self._changed.wait_for(lambda: self._hurry or self._closing, GATHER_S)
+                entries, self._entries = self._entries, {}
+                last, self._last = self._last, {}
+                self._hurry = False
+                self._writing = True
+                closing = self._closing
+            self._write(entries, last)
+            with self._changed:
+                self._writing = False
+                self._batches += 1
+                self._changed.notify_all()
+            if closing:
+                self._disconnect()
+                return
+
+    def _write(self, entries: dict[tuple[str, str, bytes], Answer], last: dict[tuple[str, str], Answer]) -> None:
+        """One transaction. What cannot be written stays in memory only."""
+        count = len(entries) + len(last)
+        if not count:
+            return
+        try:
+            if self._connection is None:
+                self._connection = self._connect()
+            with self._connection:
+                _insert(self._connection, "entries", ((scope, model, d, a) for (model, scope, d), a in entries.items()))
+                _insert(self._connection, "last_known", ((scope, model, b"", a) for (scope, model), a in last.items()))
+            self._since_prune += count
+            if self._since_prune > self._limit // 4:  # The file may be a quarter over its limit between two prunings.
+                self._since_prune = 0
+                self._prune(self._connection, None)
+        except (sqlite3.Error, OSError) as error:
+            self._failed(error, count)
+            return
+        self._counts["written"] += count
+        if self._error is not None:
+            log.info("cache file is written again", extra={"path": str(self._path)})
+            self._error = None
+
+    def _failed(self, error: Exception, count: int) -> None:
+        self._counts["write_errors"] += 1
+        self._counts["dropped"] += count
+        self._disconnect()
+        if self._error is None:
+            log.warning("cache file cannot be used: %s", error, extra={"path": str(self._path)})
+        self._error = str(error)
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _connect(self) -> sqlite3.Connection:
+        """Open the file, or a new one if it is damaged. Raises `sqlite3.Error` or `OSError`."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._connection = self._prepare()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise  # Locked, full, read-only: nothing is wrong with what it holds.
+            self._put_aside(error)
+            self._connection = self._prepare()
+        return self._connection
+
+    def _prepare(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, timeout=BUSY_S, check_same_thread=False)
+        connection.text_factory = _decode
+        try:
+            faults = [fault for (fault,) in connection.execute("PRAGMA quick_check(1)")]
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if faults != ["ok"] or version not in (0, SCHEMA_VERSION):
+                raise sqlite3.DatabaseError(faults[0] if faults != ["ok"] else f"schema version {version}")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            with connection:
+                for table in _TABLES:
+                    connection.execute(
+                        f"CREATE TABLE IF NOT EXISTS {table} (scope TEXT NOT NULL, model TEXT NOT NULL,"
+                        " digest BLOB NOT NULL, variant TEXT NOT NULL, model_sha256 TEXT NOT NULL, label TEXT,"
+                        " confidence REAL, tier TEXT NOT NULL, target TEXT NOT NULL, provider TEXT NOT NULL,"
+                        " packed BLOB NOT NULL, created_wall REAL NOT NULL, crc INTEGER NOT NULL,"
+                        " PRIMARY KEY (scope, model, digest))"
+                    )
+                    connection.execute(f"CREATE INDEX IF NOT EXISTS {table}_age ON {table} (created_wall)")
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _put_aside(self, error: Exception) -> None:
+        aside = self._path.with_name(f"{self._path.name}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
+        self._path.replace(aside)
+        for suffix in ("-wal", "-shm"):
+            self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+        self._set_aside = aside.name
+        log.warning("cache file is damaged and was set aside: %s", error, extra={"set_aside": str(aside)})
+        for old in sorted(self._path.parent.glob(f"{self._path.name}.damaged-*"))[:-KEPT_DAMAGED]:
+            old.unlink(missing_ok=True)
+
+    def _load(self, connection: sqlite3.Connection, table: str, oldest_wall: float) -> Sequence[Row]:
+        rows = connection.execute(
+            f"SELECT {_COLUMNS} FROM {table} WHERE created_wall >= ? ORDER BY created_wall DESC LIMIT ?",  # noqa: S608
+            (oldest_wall, self._limit),
+        ).fetchall()
+        rows.reverse()
+        whole = [Row._make(row[:-1]) for row in rows if row[-1] == _crc(row[:-1])]
+        self._counts["damaged_rows"] += len(rows) - len(whole)
+        return whole
+
+    def _prune(self, connection: sqlite3.Connection, oldest_wall: float | None) -> None:
+        """Delete what is over the limit, and what is older than `oldest_wall`."""
+        with connection:
+            for table in _TABLES:
+                connection.execute(
+                    f"DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM {table}"  # noqa: S608
+                    " ORDER BY created_wall DESC LIMIT -1 OFFSET ?)",
+                    (self._limit,),
+                )
+                if oldest_wall is not None:
+                    connection.execute(f"DELETE FROM {table} WHERE created_wall < ?", (oldest_wall,))  # noqa: S608
+
+
+def _crc(row: tuple[Any, ...]) -> int:
+    """SQLite checks its own structure, not what the rows hold."""
+    return zlib.crc32(repr(row).encode())
+
+
+def _decode(text: bytes) -> str:
+    """A damaged row must not keep the others from being read; its checksum shows it."""
+    return text.decode(errors="replace")
+
+
+def _insert(connection: sqlite3.Connection, table: str, rows: Iterable[tuple[str, str, bytes, Answer]]) -> None:
+    places = ", ".join("?" * (len(Row._fields) + 1))
+    stored = (
+        (
+            scope,
+            model,
+            digest,
+            answer.variant,
+            answer.model_sha256,
+            answer.label,
+            answer.confidence,
+            str(answer.tier),
+            answer.target,
+            answer.provider,
+            answer.packed,
+            answer.created_wall,
+        )
+        for scope, model, digest, answer in rows
+    )
+    connection.executemany(
+        f"INSERT OR REPLACE INTO {table} ({_COLUMNS}) VALUES ({places})",  # noqa: S608
+        ((*row, _crc(row)) for row in stored),
+    )
