@@ -20,8 +20,8 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from agent import __version__
-from agent.core.errors import DeadlineExceeded, InferenceError
-from agent.core.types import InferenceResult, LatencyClass
+from agent.core.errors import DeadlineExceeded, InferenceError, TargetBusy
+from agent.core.types import Attempt, InferenceResult, LatencyClass
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -43,14 +43,13 @@ _Key = tuple[str, ...]
 class _Answers:
     """What is counted for one (class, tier, target, status)."""
 
-    __slots__ = ("buckets", "cost_usd", "count", "met", "other_input", "seconds")
+    __slots__ = ("buckets", "count", "met", "other_input", "seconds")
 
     def __init__(self) -> None:
         self.count = 0
         self.met = 0
         self.other_input = 0
         self.seconds = 0.0
-        self.cost_usd = 0.0
         self.buckets = [0] * (len(BUCKETS_S) + 1)
 
 
@@ -66,6 +65,7 @@ class Metrics:
         self._answers: dict[_Key, _Answers] = {}
         self._refusals: dict[_Key, int] = {}
         self._attempts: dict[_Key, int] = {}
+        self._costs: dict[_Key, float] = {}
         self._malformed: dict[_Key, int] = {}
         self._abandoned = 0
         self._status: Callable[[], Mapping[str, Any]] | None = None
@@ -89,20 +89,17 @@ class Metrics:
         answers.count += 1
         answers.seconds += result.total_s
         answers.buckets[bisect_left(BUCKETS_S, result.total_s)] += 1
-        answers.cost_usd += result.cost_usd
         if result.deadline_met:
             answers.met += 1
         if not result.same_input:
             answers.other_input += 1
-        for attempt in result.attempts:
-            _count(self._attempts, (attempt.target, attempt.outcome))
+        self._tried(result.attempts, result.cost_usd)
 
     def refused(self, error: InferenceError, latency_class: LatencyClass) -> None:
         """It was refused after it had been admitted."""
         self.active -= 1
         _count(self._refusals, (error.code, latency_class))
-        for attempt in error.attempts:
-            _count(self._attempts, (attempt.target, attempt.outcome))
+        self._tried(error.attempts, error.cost_usd)
 
     def abandoned(self) -> None:
         """It was cancelled before there was an answer or a refusal: the daemon is stopping."""
@@ -122,12 +119,10 @@ class Metrics:
         totals = {"computed": 0, "cached": 0, "stale": 0}
         by_tier: dict[str, int] = {}
         met = 0
-        cost_usd = 0.0
         for (_, tier, _, status), answers in self._answers.items():
             totals[status] = totals.get(status, 0) + answers.count
             by_tier[tier] = by_tier.get(tier, 0) + answers.count
             met += answers.met
-            cost_usd += answers.cost_usd
         return {
             "requests": self._started,
             "active": self.active,
@@ -138,12 +133,20 @@ class Metrics:
             "cached": totals["cached"],
             "by_tier": {str(tier): count for tier, count in by_tier.items()},
             "deadline_hits": met,
-            "cost_usd": round(cost_usd, 6),
+            "cost_usd": round(sum(self._costs.values()), 6),
         }
 
     def render(self) -> bytes:
         """The Prometheus text format, to be served as `CONTENT_TYPE`."""
         return generate_latest(self.registry)
+
+    def _tried(self, attempts: Sequence[Attempt], cost_usd: float) -> None:
+        for attempt in attempts:
+            _count(self._attempts, (attempt.target, attempt.outcome))
+        if cost_usd:
+            paid = [a.target for a in attempts if a.tier.is_cloud and a.outcome != TargetBusy.code] or [_OTHER]
+            for lane in paid:  # an attempt does not say its price: several lanes in one request share the sum
+                _count(self._costs, (lane,), cost_usd / len(paid))
 
     def _answers_for(self, key: _Key) -> _Answers:
         if len(self._answers) >= MAX_SERIES:
@@ -173,7 +176,6 @@ class Metrics:
     def _request_families(self) -> Iterator[Metric]:
         requests: dict[_Key, float] = {}
         deadlines: dict[_Key, float] = {}
-        costs: dict[_Key, float] = {}
         cache = {("fresh",): 0, ("stale",): 0, ("miss",): 0}
         stale = {("true",): 0, ("false",): 0}
         durations: dict[_Key, _Answers] = {}
@@ -182,8 +184,6 @@ class Metrics:
             _count(deadlines, (latency_class, "met"), answers.met)
             _count(deadlines, (latency_class, "missed"), answers.count - answers.met)
             cache[({"cached": "fresh", "stale": "stale"}.get(status, "miss"),)] += answers.count
-            if answers.cost_usd:
-                _count(costs, (target,), answers.cost_usd)
             if status == "stale":
                 stale[("false",)] += answers.other_input
                 stale[("true",)] += answers.count - answers.other_input
@@ -204,7 +204,7 @@ class Metrics:
             "refusals", "Requests without an answer, by error code.", ("code", "latency_class"), self._refusals.items()
         )
         yield _counter("deadlines", "Deadlines met and missed.", ("latency_class", "result"), deadlines.items())
-        yield _counter("cost_usd", "What cloud lanes charged.", ("lane",), costs.items())
+        yield _counter("cost_usd", "What cloud lanes charged.", ("lane",), self._costs.items())
         yield _counter("cache_results", "Answers by what the cache gave.", ("result",), cache.items())
         yield _counter(
             "stale_answers",

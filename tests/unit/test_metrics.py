@@ -70,7 +70,8 @@ def test_an_answer_is_counted_everywhere() -> None:
 
 def test_the_cache_and_the_bill() -> None:
     metrics = Metrics()
-    lane = {"tier": Tier.CLOUD_GPU, "origin_tier": Tier.CLOUD_GPU, "target": "eu-west"}
+    attempt = Attempt("eu-west", Tier.CLOUD_GPU, "fp32", "ok", 0.2)
+    lane = {"tier": Tier.CLOUD_GPU, "origin_tier": Tier.CLOUD_GPU, "target": "eu-west", "attempts": (GPU_OK, attempt)}
     for result in (
         answer(cached=True),
         answer(tier=Tier.FALLBACK, cached=True, stale=True),
@@ -94,6 +95,7 @@ def test_refusals() -> None:
     metrics = Metrics()
     late = DeadlineExceeded("time ran out")
     late.attempts = (Attempt("eu-west", Tier.CLOUD_GPU, "fp32", "timeout", 0.2), GPU_OK)
+    late.cost_usd = 0.003
     for error in (late, Overloaded("256 requests in flight")):
         metrics.started()
         metrics.refused(error, LatencyClass.REALTIME)
@@ -105,6 +107,7 @@ def test_refusals() -> None:
     assert value(metrics, "refusals_total", code="overloaded", latency_class="realtime") == 1
     assert value(metrics, "deadlines_total", latency_class="realtime", result="missed") == 1
     assert value(metrics, "attempts_total", target="eu-west", outcome="timeout") == 1
+    assert value(metrics, "cost_usd_total", lane="eu-west") == pytest.approx(0.003), "refused, and charged all the same"
     assert value(metrics, "requests_total", tier="none", target="none", status="abandoned") == 1
     assert value(metrics, "malformed_total", door="http", code="undecodable") == 1
     assert value(metrics, "malformed_total", door="mqtt", code="unknown_model") == 1

@@ -1,0 +1,293 @@
+"""What `/openapi.json` says about requests and answers. Documentation only: `routing.admission` does the checking.
+
+The models mirror `admission` and `InferenceResult.to_dict`; tests hold them to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import models_json_schema
+
+from agent.core.types import LatencyClass, Tier
+
+DTYPES = ("float32", "float16", "int8", "uint8", "int16", "int32", "int64")
+Milliseconds = Annotated[float, Field(gt=0, le=3_600_000)]
+Name = Annotated[str, Field(min_length=1, max_length=128)]
+
+
+class _Documented(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class InferDocument(_Documented):
+    """One question. Only `model` and `inputs` are required."""
+
+    model: Annotated[Name, Field(description="A family of the catalogue.")]
+    inputs: Annotated[
+        dict[str, list[Any]] | list[Any],
+        Field(
+            description="Tensor name to nested lists in the family's canonical units; for a model with one input, the "
+            "nested list itself. Flat lists are taken as well."
+        ),
+    ]
+    request_id: Annotated[Name | None, Field(description="Yours, given back; otherwise one is made.")] = None
+    variant: Annotated[Name | None, Field(description="Only this variant of the model will do.")] = None
+    latency_class: Annotated[
+        LatencyClass | None, Field(description="Otherwise follows from `deadline_ms`; `interactive` without either.")
+    ] = None
+    deadline_ms: Annotated[
+        Milliseconds | None, Field(description="Counted from receipt; otherwise the class's limit.")
+    ] = None
+    timeout_ms: Annotated[Milliseconds | None, Field(description="Bound on any single attempt.")] = None
+    priority: Annotated[int, Field(ge=1, le=10, description="1 (least) to 10.")] = 5
+    max_retries: Annotated[int, Field(ge=0, le=16, description="Further targets after the first one failed.")] = 5
+    producer: Annotated[Name | None, Field(description="Who asks; keys the last known answer.")] = None
+    idempotency_key: Annotated[Name | None, Field(description="The same key is answered once.")] = None
+    allowed_regions: Annotated[
+        list[str], Field(max_length=32, description="Cloud regions that may see the inputs. Empty: any.")
+    ] = []
+    use_cache: Annotated[bool, Field(description="Whether a fresh cached answer will do.")] = True
+    metadata: Annotated[dict[str, str], Field(max_length=16)] = {}
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"model": "digits", "inputs": [[0, 0, 5, 13, 9, 1, 0, 0]], "deadline_ms": 50, "priority": 7}]
+        }
+    )
+
+
+class AttemptDocument(_Documented):
+    """One try on one target."""
+
+    target: str
+    tier: Tier
+    variant: str
+    outcome: Annotated[str, Field(description="`ok`, `unavailable`, `busy`, `timeout` or `failed`.")]
+    elapsed_ms: float
+    error: str | None = None
+
+
+class TimingDocument(_Documented):
+    """Milliseconds."""
+
+    queue: float
+    link: float
+    compute: float
+    total: float
+
+
+class AnswerDocument(_Documented):
+    """The answer, where it came from, how old it is and why that tier was chosen."""
+
+    request_id: str
+    model: str
+    label: str | None
+    confidence: Annotated[float | None, Field(ge=0, le=1)]
+    tier: Annotated[Tier, Field(description="Where it was computed; `fallback`: a stale cache entry.")]
+    origin_tier: Annotated[Tier, Field(description="Where it was computed, also for a cache entry.")]
+    target: str
+    variant: str
+    model_sha256: str
+    provider: str
+    latency_class: LatencyClass
+    timing_ms: TimingDocument
+    deadline_met: bool
+    cost_usd: float
+    cached: bool
+    stale: bool
+    same_input: Annotated[bool, Field(description="False: the producer's last known answer, to an earlier input.")]
+    age_s: float
+    attempts: list[AttemptDocument]
+    reasons: list[str]
+    outputs: Annotated[dict[str, list[Any]], Field(description="Left out with `?outputs=false`.")] = {}
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "request_id": "4f9c0e7a",
+                    "model": "digits",
+                    "label": "3",
+                    "confidence": 0.981445,
+                    "tier": "edge_gpu",
+                    "origin_tier": "edge_gpu",
+                    "target": "edge_gpu",
+                    "variant": "float32",
+                    "model_sha256": "9b74c9897bac770ffc029102a200c5de3a1c2d0b6f1f1e5e2c2f6b2a0d9f8c11",
+                    "provider": "xnnpack",
+                    "latency_class": "near",
+                    "timing_ms": {"queue": 0.02, "link": 0.0, "compute": 0.31, "total": 0.62},
+                    "deadline_met": True,
+                    "cost_usd": 0.0,
+                    "cached": False,
+                    "stale": False,
+                    "same_input": True,
+                    "age_s": 0.0,
+                    "attempts": [
+                        {
+                            "target": "edge_gpu",
+                            "tier": "edge_gpu",
+                            "variant": "float32",
+                            "outcome": "ok",
+                            "elapsed_ms": 0.4,
+                        }
+                    ],
+                    "reasons": ["edge_gpu: within the deadline, free, most accurate variant"],
+                    "outputs": {"scores": [[0.001, 0.002, 0.003, 0.981, 0.001, 0.002, 0.003, 0.002, 0.003, 0.002]]},
+                }
+            ]
+        }
+    )
+
+
+class FaultDocument(_Documented):
+    code: Annotated[str, Field(description="For programs.")]
+    message: Annotated[str, Field(description="For people: what was found, what is allowed.")]
+    field: Annotated[str | None, Field(description="The part of the request that is wrong.")] = None
+    retry_after_s: float | None = None
+
+
+class RefusalDocument(_Documented):
+    """No answer, and why."""
+
+    request_id: str | None
+    error: FaultDocument
+    attempts: list[AttemptDocument]
+    cost_usd: Annotated[float, Field(description="What the attempts cost all the same.")]
+    reasons: list[str]
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "request_id": None,
+                    "error": {
+                        "code": "invalid_request",
+                        "message": "priority: must be a whole number from 1 to 10, found 11",
+                        "field": "priority",
+                    },
+                    "attempts": [],
+                    "cost_usd": 0.0,
+                    "reasons": [],
+                }
+            ]
+        }
+    )
+
+
+class ReadyDocument(_Documented):
+    ready: bool
+    reason: Annotated[str, Field(description="Why not; empty when ready.")]
+
+
+class AliveDocument(_Documented):
+    status: Literal["alive"]
+
+
+_MODELS = (InferDocument, AnswerDocument, RefusalDocument, ReadyDocument, AliveDocument)
+
+REFUSALS = {
+    400: "The request is wrong (`invalid_request`), or its body is not JSON (`undecodable`).",
+    404: "The catalogue has no such model or variant (`unknown_model`).",
+    408: "The body did not arrive in time (`body_timeout`).",
+    413: "The body is larger than `http.max_body_bytes` (`too_large`).",
+    415: "Neither application/json nor application/octet-stream (`unsupported_media_type`).",
+    429: "A bounded queue is full (`overloaded`); see `Retry-After`.",
+    503: "Every target failed or none could be asked, and nothing is cached (`unavailable`).",
+    504: "The deadline passed, and nothing is cached (`deadline_exceeded`).",
+}
+
+
+def with_components(openapi: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """The application's OpenAPI document, with the schemas that the operations refer to."""
+
+    def document() -> dict[str, Any]:
+        whole = openapi()
+        schemas = whole.setdefault("components", {}).setdefault("schemas", {})
+        if InferDocument.__name__ not in schemas:
+            _, made = models_json_schema(
+                [(model, "validation") for model in _MODELS], ref_template="#/components/schemas/{model}"
+            )
+            schemas.update(made["$defs"])
+        return whole
+
+    return document
+
+
+def _ref(model: type[BaseModel]) -> dict[str, Any]:
+    return {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
+
+
+def _json(model: type[BaseModel], description: str) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": _ref(model)}}
+
+
+def infer_operation() -> dict[str, Any]:
+    """The operation object of `POST /infer`. Query parameters carry the options of a raw body."""
+    options = InferDocument.model_json_schema()["properties"]
+    query: list[tuple[str, Any, str]] = [
+        (name, options[name], options[name].get("description", ""))
+        for name in options
+        if name not in ("inputs", "metadata")
+    ]
+    query += [
+        (
+            "dtype",
+            {"type": "string", "enum": list(DTYPES)},
+            "How the bytes are to be read (little-endian); otherwise the model's own type.",
+        ),
+        ("scale", {"type": "number", "default": 1}, "Values are multiplied by this."),
+    ]
+    parameters = [
+        {
+            "name": name,
+            "in": "query",
+            "description": f"For octet-stream. {text}".strip(),
+            "schema": {
+                key: value for key, value in schema.items() if key not in ("$ref", "description", "anyOf", "title")
+            }
+            or {"type": "string"},
+        }
+        for name, schema, text in query
+    ]
+    outputs = {"name": "outputs", "in": "query", "description": "false: leave the output tensors out of the answer."}
+    parameters.append({**outputs, "schema": {"type": "boolean", "default": True}})
+    return {
+        "parameters": parameters,
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": _ref(InferDocument),
+                "application/octet-stream": {
+                    "schema": {"type": "string", "format": "binary"},
+                    "example": "(the tensor's little-endian bytes; `model` and the other options are query parameters)",
+                },
+            },
+        },
+        "responses": {
+            "200": _json(AnswerDocument, "The best answer that could be had in time."),
+            **{str(status): _json(RefusalDocument, text) for status, text in REFUSALS.items()},
+        },
+    }
+
+
+def ready_operation() -> dict[str, Any]:
+    return {
+        "responses": {
+            "200": _json(ReadyDocument, "Some target can be asked now."),
+            "503": _json(ReadyDocument, "None can; `reason` says why."),
+        }
+    }
+
+
+def alive_operation() -> dict[str, Any]:
+    return {"responses": {"200": _json(AliveDocument, "The event loop turns.")}}
+
+
+def plain_operation(media_type: str, description: str) -> dict[str, Any]:
+    """An operation that answers with a document of `media_type`."""
+    schema = {"type": "object"} if media_type == "application/json" else {"type": "string"}
+    return {"responses": {"200": {"description": description, "content": {media_type: {"schema": schema}}}}}
