@@ -10,11 +10,10 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import OrderedDict
-from collections.abc import Collection
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -28,6 +27,12 @@ CacheKey: TypeAlias = tuple[str, str, bytes]
 
 DIGEST_BYTES = 16
 """128 bits: two inputs of one model that collide by chance are not to be expected."""
+
+
+class Models(Protocol):
+    """What the cache asks of the catalogue."""
+
+    def by_sha256(self, sha256: str) -> object | None: ...
 
 
 class Freshness(StrEnum):
@@ -76,13 +81,13 @@ def cache_key(model: str, variant: str | None, inputs: Tensors) -> CacheKey:
 class ResultCache:
     """Bounded by `settings.max_cache_size`; the least recently used answer goes first.
 
-    `known` are the model digests of the catalogue: an answer of any other model is not served. `path` None: nothing
-    survives a restart.
+    An answer of a model that `models` does not know is not served. `path` None: nothing survives a restart.
     """
 
-    def __init__(self, settings: FallbackSection, known: Collection[str], clock: Clock, path: Path | None) -> None:
+    def __init__(self, settings: FallbackSection, path: Path | None, models: Models, clock: Clock) -> None:
         self._settings = settings
-        self._known = frozenset(known)
+        self._models = models
+        self._known: dict[str, bool] = {}
         self._clock = clock
         self._fresh_s = settings.cache_ttl
         self._keep_s = settings.stale_ttl if settings.enable_stale_results else settings.cache_ttl
@@ -170,7 +175,10 @@ class ResultCache:
 
     def _hit(self, entry: Entry) -> Hit | None:
         age_s = self._clock.monotonic() - entry.created
-        if age_s > self._keep_s or entry.model_sha256 not in self._known:
+        known = self._known.get(entry.model_sha256)
+        if known is None:
+            known = self._known[entry.model_sha256] = self._models.by_sha256(entry.model_sha256) is not None
+        if age_s > self._keep_s or not known:
             return None
         return Hit(entry, age_s, Freshness.FRESH if age_s <= self._fresh_s else Freshness.STALE)
 

@@ -68,10 +68,11 @@ class GatewayTarget:
 
     def __init__(
         self,
-        catalog: Catalog,
         settings: GpuSection,
-        max_bytes: float,
+        catalog: Catalog,
         clock: Clock,
+        *,
+        max_bytes: float,
         pool: RuntimePool | None = None,
     ) -> None:
         self._catalog = catalog
