@@ -311,4 +311,12 @@ Status validate_model(Span model, Span operators, ModelShape* shape) {
   return Validator(model, operators).run(model, shape);
 }
 
+size_t known_operators(uint8_t* out, size_t capacity) {
+  size_t count = 0;
+  for (const Arity& arity : kArity) {
+    if (count < capacity) out[count++] = arity.code;
+  }
+  return count;
+}
+
 }  // namespace edge

@@ -22,4 +22,7 @@ struct ModelShape {
 // Code kInvalidModel or kOperator; the text says which check failed.
 Status validate_model(Span model, Span operators, ModelShape* shape);
 
+// The codes that this validator has rules for; an engine's list is cut to them. Returns how many.
+size_t known_operators(uint8_t* out, size_t capacity);
+
 }  // namespace edge

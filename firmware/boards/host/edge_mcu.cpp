@@ -169,6 +169,10 @@ EDGE_EXPORT size_t edge_decoder_push(edge_decoder* decoder, const uint8_t* data,
   return used;
 }
 
+EDGE_EXPORT size_t edge_known_operators(uint8_t* out, size_t capacity) {
+  return edge::known_operators(out, capacity);
+}
+
 EDGE_EXPORT int edge_validate_model(const uint8_t* model, size_t size, const uint8_t* operators,
                                     size_t operator_count, uint32_t* input_bytes, uint32_t* output_bytes,
                                     const char** text) {

@@ -79,6 +79,9 @@ void edge_decoder_destroy(edge_decoder* decoder);
 /* Consumes up to and including the byte that makes an event; returns how many. */
 size_t edge_decoder_push(edge_decoder* decoder, const uint8_t* data, size_t size, edge_decoded* out);
 
+/* The operator codes that the validator knows how to check: an engine offers some of them. Returns how many. */
+size_t edge_known_operators(uint8_t* out, size_t capacity);
+
 /* 0 if valid, else the error code of the wire protocol; `text` says why and is static. */
 int edge_validate_model(const uint8_t* model, size_t size, const uint8_t* operators, size_t operator_count,
                         uint32_t* input_bytes, uint32_t* output_bytes, const char** text);

@@ -1,0 +1,81 @@
+"""Command line of the virtual MCU. What it needs is imported when it runs, so that a parser costs nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import zlib
+from pathlib import Path
+
+# Boards of the smaller kind have a quarter of a megabyte of RAM; half of it is left for the arena.
+DEFAULT_ARENA = 128 * 1024
+DEFAULT_WINDOW = 4
+MAX_WINDOW = 8  # kMaxWindow in firmware/core/limits.h
+
+
+def _window(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= MAX_WINDOW:
+        raise argparse.ArgumentTypeError(f"1 to {MAX_WINDOW}")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--link", type=Path, required=True, help="symlink to the serial port, made and removed here")
+    parser.add_argument("--flash", type=Path, required=True, help="file that is the board's flash")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="put this model into the flash first, unless it is active there; of several the last becomes active",
+    )
+    parser.add_argument("--baud", type=_positive, help="pace the line to this rate (default: as fast as it goes)")
+    parser.add_argument("--arena", type=_positive, default=DEFAULT_ARENA, metavar="BYTES", help="bytes of tensor arena")
+    parser.add_argument("--control", type=Path, metavar="SOCKET", help="Unix socket for reset, unplug, noise, ...")
+    parser.add_argument("--window", type=_window, default=DEFAULT_WINDOW, help="open requests the board holds")
+
+
+def main(args: argparse.Namespace) -> int:
+    from .engine import open_engine
+    from .flash import FileFlash
+    from .library import Hardware, LibraryMissing, known_operators
+    from .machine import Machine, Settings
+    from .provision import Provisioner, ProvisionError
+
+    try:
+        engine = open_engine(args.arena, known_operators())
+        flash = FileFlash(args.flash)
+        if args.model:
+            provisioner = Provisioner()
+            provisioner.provision(Hardware(flash, provisioner.receive, engine), args.model)
+        settings = Settings(
+            link=args.link.absolute(),
+            control=args.control,
+            baud=args.baud,
+            window=args.window,
+            # Stable over restarts, and different for every flash file.
+            unique_id=zlib.crc32(str(args.flash.resolve()).encode()),
+        )
+        machine = Machine(settings, flash, engine)
+    except (LibraryMissing, ProvisionError, ImportError, OSError) as err:
+        print(f"virtual MCU: {err}", file=sys.stderr)
+        return 1
+    try:
+        machine.stop_on_signals()
+        print(json.dumps({"event": "ready", "port": str(args.link), "engine": engine.name}), flush=True)
+        machine.run()
+    finally:
+        machine.close()
+        flash.close()
+    return 0

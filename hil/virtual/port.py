@@ -1,0 +1,98 @@
+"""The virtual MCU's serial port: a pseudo-terminal behind a symlink, with the faults of a real line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import random
+import tty
+from collections.abc import Iterator
+from math import log
+from pathlib import Path
+
+BITS_PER_BYTE = 10  # start bit, eight data bits, stop bit
+
+
+class Port:
+    """A pseudo-terminal in raw mode. `link` points to what the gateway opens."""
+
+    def __init__(self, link: Path) -> None:
+        if link.exists() and not link.is_symlink():
+            raise FileExistsError(f"{link} exists and is not a symlink")
+        self.link = link
+        self.master, self._slave = pty.openpty()
+        # The slave stays open here too: the master never sees a hang-up when the gateway closes its end.
+        tty.setraw(self._slave)
+        os.set_blocking(self.master, False)
+        self._name = os.ttyname(self._slave)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        fresh = link.with_name(f".{link.name}.{os.getpid()}")
+        with contextlib.suppress(FileNotFoundError):
+            fresh.unlink()
+        fresh.symlink_to(self._name)
+        fresh.replace(link)
+
+    def close(self) -> None:
+        # Another virtual MCU may have taken the link over in the meantime.
+        with contextlib.suppress(OSError):
+            if str(self.link.readlink()) == self._name:
+                self.link.unlink()
+        os.close(self.master)
+        os.close(self._slave)
+
+
+class Noise:
+    """Bit errors at a rate per bit, the same for the same seed."""
+
+    def __init__(self, rate: float, seed: int) -> None:
+        if not 0 < rate < 1:
+            raise ValueError(f"rate must be between 0 and 1, not {rate}")
+        self._scale = log(1 - rate)
+        self._random = random.Random(seed)
+        self._until_next = self._gap()
+
+    def apply(self, data: bytes) -> bytes:
+        out = bytearray(data)
+        for bit in self._errors(len(data) * 8):
+            out[bit // 8] ^= 1 << bit % 8
+        return bytes(out)
+
+    def _errors(self, bits: int) -> Iterator[int]:
+        while self._until_next < bits:
+            yield self._until_next
+            self._until_next += 1 + self._gap()
+        self._until_next -= bits
+
+    def _gap(self) -> int:
+        """Good bits before the next bad one: geometric, so that a quiet line costs nothing per bit."""
+        return int(log(1 - self._random.random()) / self._scale)
+
+
+class Pacer:
+    """How many of the waiting bytes a line of `baud` has carried by now. Without a rate: all."""
+
+    # The finest that epoll can wait.
+    TICK_S = 0.001
+
+    def __init__(self, baud: int | None) -> None:
+        self._byte_s = BITS_PER_BYTE / baud if baud else 0.0
+        self._since: float | None = None
+
+    def carried(self, waiting: int, now: float) -> int:
+        if not self._byte_s or not waiting:
+            self._since = None
+            return waiting
+        if self._since is None:
+            self._since = now
+        count = min(waiting, int((now - self._since) / self._byte_s))
+        self._since += count * self._byte_s
+        if count == waiting:
+            self._since = None
+        return count
+
+    def wait_s(self, waiting: int) -> float | None:
+        """Until it is worth asking again; None if nothing waits or nothing is paced."""
+        if not self._byte_s or not waiting:
+            return None
+        return max(self.TICK_S, min(waiting * self._byte_s, 4 * self.TICK_S))
