@@ -7,6 +7,7 @@
 namespace edge {
 namespace {
 
+constexpr uint8_t kDelimiter = 0;
 constexpr uint8_t kFullGroup = 0xFF;  // 254 bytes without a zero, and none after them
 
 class CobsWriter {
@@ -14,33 +15,42 @@ class CobsWriter {
   CobsWriter(uint8_t* out, size_t capacity) : out_(out), capacity_(capacity) {}
 
   void put(Span span) {
-    for (size_t i = 0; i < span.size; ++i) put(span.data[i]);
+    const uint8_t* data = span.data;
+    size_t left = span.size;
+    while (left > 0) {
+      // A full group is followed by a new code byte only if data follows: the encoding stays the shortest.
+      if (!open_) open_group();
+      size_t run =
+          left < static_cast<size_t>(kFullGroup - code_) ? left : static_cast<size_t>(kFullGroup - code_);
+      const void* zero = memchr(data, 0, run);
+      if (zero != nullptr) run = static_cast<size_t>(static_cast<const uint8_t*>(zero) - data);
+      append(data, run);
+      code_ = static_cast<uint8_t>(code_ + run);
+      data += run;
+      left -= run;
+      if (zero != nullptr) {
+        close_group();
+        open_group();
+        ++data;
+        --left;
+      } else if (code_ == kFullGroup) {
+        close_group();
+      }
+    }
   }
 
   size_t finish() {
     if (open_) close_group();
-    push(0);
+    append(&kDelimiter, 1);
     return failed_ ? 0 : size_;
   }
 
  private:
-  void put(uint8_t byte) {
-    // A full group is followed by a new code byte only if data follows: the encoding stays the shortest.
-    if (!open_) open_group();
-    if (byte == 0) {
-      close_group();
-      open_group();
-      return;
-    }
-    push(byte);
-    if (++code_ == kFullGroup) close_group();
-  }
-
   void open_group() {
     code_at_ = size_;
     code_ = 1;
     open_ = true;
-    push(0);
+    append(&kDelimiter, 1);  // the code takes this place when the group closes
   }
 
   void close_group() {
@@ -48,12 +58,13 @@ class CobsWriter {
     open_ = false;
   }
 
-  void push(uint8_t byte) {
-    if (size_ >= capacity_) {
+  void append(const uint8_t* data, size_t size) {
+    if (failed_ || size > capacity_ - size_) {
       failed_ = true;
       return;
     }
-    out_[size_++] = byte;
+    memcpy(out_ + size_, data, size);
+    size_ += size;
   }
 
   uint8_t* out_;

@@ -67,6 +67,12 @@ constexpr size_t kMaxBuffers = 1024;
 constexpr size_t kMaxRank = 6;
 constexpr size_t kMaxModelIo = 8;
 
+// Tables of 1 KiB for the CRC, and bytes taken at a time: 1, or 4 to 8 where flash is plenty.
+#ifndef EDGE_CRC_TABLES
+#define EDGE_CRC_TABLES 1
+#endif
+constexpr size_t kCrcTables = EDGE_CRC_TABLES;
+
 // Text of an ERROR or LOG: one line.
 constexpr size_t kMaxText = 96;
 

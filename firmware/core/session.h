@@ -32,6 +32,8 @@ class Session {
   // Runs the oldest queued request. True if more are queued.
   bool poll();
 
+  bool pending() const { return !resetting_ && queue_.size() > 0; }
+
  private:
   void on_frame(const Frame& frame);
   void on_fragment(const Frame& frame);

@@ -10,7 +10,7 @@ namespace edge {
 #endif
 
 bool Session::poll() {
-  if (resetting_ || queue_.size() == 0) return false;
+  if (!pending()) return false;
   hal_.watchdog_kick();
   const Request request = queue_.pop();
   Writer out(answer_, sizeof answer_);
@@ -21,7 +21,7 @@ bool Session::poll() {
   pool_.give(request.body);
   answers_.remember(request.id, type, body);
   send(type, request.id, body);
-  return queue_.size() > 0;
+  return pending();
 }
 
 Status Session::execute(const Request& request, Writer& out, uint8_t* type) {

@@ -130,7 +130,6 @@ def load(path: Path | None = None) -> ctypes.CDLL:
     lib.edge_mcu_destroy.argtypes = (c_void_p,)
     lib.edge_mcu_destroy.restype = None
     lib.edge_mcu_feed.argtypes = (c_void_p, c_char_p, c_size_t)
-    lib.edge_mcu_feed.restype = None
     lib.edge_mcu_poll.argtypes = (c_void_p,)
     lib.edge_crc32.argtypes = (c_char_p, c_size_t)
     lib.edge_crc32.restype = c_uint32
@@ -167,8 +166,9 @@ class Mcu:
         self._feed = self._lib.edge_mcu_feed
         self._poll = self._lib.edge_mcu_poll
 
-    def feed(self, data: bytes) -> None:
-        self._feed(self._mcu, data, len(data))
+    def feed(self, data: bytes) -> bool:
+        """Takes received bytes; True if requests are queued."""
+        return bool(self._feed(self._mcu, data, len(data)))
 
     def poll(self) -> bool:
         """Runs one queued request at most; True if more are queued."""
@@ -261,7 +261,8 @@ def _as_status(call: Callable[[], bool]) -> int:
 def known_operators() -> bytes:
     """The operator codes that the firmware's validator has rules for."""
     out = ctypes.create_string_buffer(128)
-    return out.raw[: load().edge_known_operators(out, len(out))]
+    count = load().edge_known_operators(out, len(out))
+    return out.raw[:count]
 
 
 def validate_model(model: bytes, operators: bytes) -> tuple[int, str, int, int]:

@@ -173,16 +173,14 @@ class Machine:
         if self._settings.baud:
             self._received += data
         else:
-            self._mcu.feed(data)
-            self._busy = True
+            self._busy = self._mcu.feed(data)
 
     def _feed_carried(self) -> None:
         count = self._rx_pacer.carried(len(self._received), time.monotonic())
         if count and self._mcu:
             data = bytes(self._received[:count])
             del self._received[:count]
-            self._mcu.feed(data)
-            self._busy = True
+            self._busy = self._mcu.feed(data)
 
     def _flush(self) -> None:
         count = self._tx_pacer.carried(len(self._sending), time.monotonic())

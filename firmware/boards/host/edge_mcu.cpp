@@ -126,8 +126,9 @@ EDGE_EXPORT edge_mcu* edge_mcu_create(const edge_mcu_config* config) {
 
 EDGE_EXPORT void edge_mcu_destroy(edge_mcu* mcu) { delete mcu; }
 
-EDGE_EXPORT void edge_mcu_feed(edge_mcu* mcu, const uint8_t* data, size_t size) {
+EDGE_EXPORT int edge_mcu_feed(edge_mcu* mcu, const uint8_t* data, size_t size) {
   mcu->session.feed(data, size);
+  return mcu->session.pending() ? 1 : 0;
 }
 
 EDGE_EXPORT int edge_mcu_poll(edge_mcu* mcu) { return mcu->session.poll() ? 1 : 0; }

@@ -54,7 +54,8 @@ typedef struct edge_mcu edge_mcu;
 /* Boots: loads the active model and writes HELLO. Null if the ABI differs or a callback is missing. */
 edge_mcu* edge_mcu_create(const edge_mcu_config* config);
 void edge_mcu_destroy(edge_mcu* mcu);
-void edge_mcu_feed(edge_mcu* mcu, const uint8_t* data, size_t size);
+/* 1 if requests are queued: edge_mcu_poll has work. */
+int edge_mcu_feed(edge_mcu* mcu, const uint8_t* data, size_t size);
 /* Runs one queued request at most; 1 if more are queued. */
 int edge_mcu_poll(edge_mcu* mcu);
 
@@ -79,7 +80,8 @@ void edge_decoder_destroy(edge_decoder* decoder);
 /* Consumes up to and including the byte that makes an event; returns how many. */
 size_t edge_decoder_push(edge_decoder* decoder, const uint8_t* data, size_t size, edge_decoded* out);
 
-/* The operator codes that the validator knows how to check: an engine offers some of them. Returns how many. */
+/* The operator codes that the validator knows how to check: an engine offers some of them. Returns how many.
+ */
 size_t edge_known_operators(uint8_t* out, size_t capacity);
 
 /* 0 if valid, else the error code of the wire protocol; `text` says why and is static. */
