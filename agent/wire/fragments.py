@@ -80,14 +80,15 @@ class Reassembler:
             elif key != self._key or piece.total != self._total or piece.offset != len(self._body):
                 raise ProtocolError(f"fragment at {piece.offset} does not continue {len(self._body)} received bytes")
         except ProtocolError:
-            self._drop()
+            self.clear()
             raise
         self._body += piece.data
         if len(self._body) < self._total:
             return None
         body = bytes(self._body)
-        self._drop()
+        self.clear()
         return body
 
-    def _drop(self) -> None:
+    def clear(self) -> None:
+        """Drop what is there of a message."""
         self._key, self._total, self._body = None, 0, bytearray()

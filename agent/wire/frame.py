@@ -30,6 +30,12 @@ _RESIDUE: Final = crc32(_CRC.pack(crc32(b"")))
 """The CRC of anything with its own CRC behind it: one pass checks a frame without cutting it."""
 
 
+def line_bytes(payload: int) -> int:
+    """The most that a frame with `payload` bytes takes on the line, delimiter and all."""
+    decoded = payload + OVERHEAD
+    return decoded + decoded // 254 + 2
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
     """One frame. `type` is any byte: a receiver must live with types that it does not know."""
@@ -86,8 +92,8 @@ class FrameDecoder:
             raise ValueError(f"max_frame must be at least {MIN_MAX_FRAME}, found {max_frame}")
         self.counters = FrameCounters()
         self._max_frame = max_frame
-        # COBS adds one byte, and one more for each full group of 254; anything longer decodes to more than max_frame.
-        self._max_encoded = max_frame + max_frame // 254 + 1
+        # Anything longer, its delimiter not counted, decodes to more than max_frame bytes.
+        self._max_encoded = line_bytes(max_frame - OVERHEAD) - 1
         self._partial = bytearray()
         self._skipping = False
 

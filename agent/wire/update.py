@@ -44,6 +44,9 @@ class ModelBegin:
         """What an Ed25519 signature covers: all up to `image_sha256`, with `chunk` as 0."""
         return replace(self, chunk=0)._covered()
 
+    def with_signature(self, kind: SignatureKind, signature: bytes) -> Self:
+        return replace(self, signature_kind=kind, signature=signature)
+
     def _covered(self) -> bytes:
         return (
             self._LAYOUT.pack(

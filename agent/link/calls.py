@@ -1,0 +1,124 @@
+"""What a session's calls are made of."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Generic, TypeVar
+
+from agent.core.errors import EdgeAgentError, LinkError
+from agent.wire.body import Message
+from agent.wire.codes import MessageType
+from agent.wire.messages import Error
+
+M = TypeVar("M", bound=Message)
+
+
+class RemoteError(EdgeAgentError):
+    """The MCU answered a request with ERROR. `code` is an `ErrorCode`, or a number that this version does not know."""
+
+    def __init__(self, where: str, error: Error) -> None:
+        super().__init__(f"{where}: {error}")
+        self.code = error.code
+        self.text = error.text
+
+
+def again(error: LinkError) -> LinkError:
+    """One for each who is told: a raised exception collects the traces of all who raise it."""
+    return LinkError(str(error), permanent=error.permanent)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply(Generic[M]):
+    """An answer. Times are monotonic seconds: of the first sending, and of the arrival of the last byte."""
+
+    message: M
+    sent_at: float
+    received_at: float
+    bytes_sent: int
+    bytes_received: int
+
+    @property
+    def round_trip_s(self) -> float:
+        return self.received_at - self.sent_at
+
+
+@dataclass(frozen=True, slots=True)
+class Pinged:
+    """`offset_s`: MCU clock (seconds since its boot) less ours (monotonic), as in NTP. `mcu_s`: the MCU's own part."""
+
+    round_trip_s: float
+    offset_s: float
+    mcu_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer, not yet parsed."""
+
+    type: int
+    body: bytes
+    received_at: float
+    line_bytes: int
+
+
+@dataclass(slots=True)
+class Call:
+    """One request under way. `settled`: the MCU holds it no longer, as far as anybody can know."""
+
+    id: int
+    make: Callable[[], Message]
+    deadline: float
+    windowed: bool
+    repeat: bool
+    future: asyncio.Future[Answer]
+    type: MessageType = MessageType.ERROR
+    sent_at: float = 0.0
+    bytes_sent: int = 0
+    repeated: bool = False
+    settled: bool = True
+    timer: asyncio.TimerHandle | None = None
+
+    def answer(self, answer: Answer) -> None:
+        self.settled = True
+        if not self.future.done():
+            self.future.set_result(answer)
+
+    def fail(self, error: Exception) -> None:
+        self.settled = True
+        if not self.future.done():
+            self.future.set_exception(error)
+
+    def discard(self) -> None:
+        """Nobody waits any more."""
+        if self.timer is not None:
+            self.timer.cancel()
+        if self.future.done() and not self.future.cancelled():
+            self.future.exception()  # seen, so that asyncio does not report it
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a session has seen since it was opened."""
+
+    frames_sent: int = 0
+    frames_received: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    lost_frames: int = 0
+    """Gaps in the MCU's `seq`."""
+    late: int = 0
+    """Answers that nobody waited for any more."""
+    unknown: int = 0
+    """Good frames of a type that this version does not know."""
+    malformed: int = 0
+    """Good frames whose body made no sense."""
+    repeats: int = 0
+    cancels: int = 0
+    timeouts: int = 0
+    resets: int = 0
+    """New boot ids after the first."""
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
