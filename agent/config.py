@@ -9,10 +9,21 @@ import platform
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Topic = Annotated[str, Field(pattern=r"^[^#+\x00]{1,200}$")]
@@ -20,10 +31,32 @@ Priority = Annotated[int, Field(ge=1, le=10)]
 ClassName = Literal["realtime", "near", "interactive", "batch"]
 
 
-class Section(BaseModel):
-    """A strict part of the tree: unknown keys are refused, values are not coerced from other types."""
+class Substituted(str):
+    """Text that came from `${…}`: the only text that is read as a number or as true and false."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    __slots__ = ()
+
+
+class Section(BaseModel):
+    """A strict part of the tree: unknown keys are refused, and so are values of another type.
+
+    `timeout_ms: "50"` and `port: true` are mistakes, not a number; `enabled: 1` is not a truth value. A whole number
+    will do where a fraction is allowed. Only what `${…}` stands for, which is always text, is read as what its key
+    takes. Values of `EDGE_AGENT__…` variables are YAML, so they have types of their own.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _type_as_meant(cls, value: object, info: ValidationInfo) -> object:
+        field = cls.model_fields[info.field_name or ""]
+        allowed = {field.annotation, *get_args(field.annotation)}  # also of a Literal
+        if allowed & {int, float, 0} and (isinstance(value, bool) or type(value) is str):
+            raise ValueError("must be a number without a unit; the unit is in the name of the key")
+        if bool in allowed and not isinstance(value, bool | Substituted):
+            raise ValueError("must be true or false")
+        return value
 
 
 class GatewaySection(Section):
@@ -70,8 +103,16 @@ class ModelSizeThresholds(Section):
 
 
 class ParameterThresholds(Section):
+    """Number of weights below which a model counts as simple, and as medium."""
+
     simple: int = Field(default=10_000, ge=1)
     medium: int = Field(default=1_000_000, ge=1)
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if not self.simple <= self.medium:
+            raise ValueError("must ascend: simple <= medium")
+        return self
 
 
 class BreakerSection(Section):
@@ -154,6 +195,14 @@ class GpuSection(Section):
     """`process`: run the runtime in a child process, so that an accelerator that hangs takes nothing else along."""
 
 
+def check_tls_files(section: LaneSection | MqttSection) -> None:
+    """Raises `ValueError` if the files of a TLS connection do not fit together or would not be used."""
+    if (section.cert_file is None) != (section.key_file is None):
+        raise ValueError("cert_file and key_file go together")
+    if (section.ca_file or section.cert_file) and not section.broker.startswith("mqtts://"):
+        raise ValueError("ca_file, cert_file and key_file need an mqtts:// broker")
+
+
 class LaneSection(Section):
     """One way into the cloud."""
 
@@ -181,10 +230,7 @@ class LaneSection(Section):
 
     @model_validator(mode="after")
     def _tls(self) -> Self:
-        if (self.cert_file is None) != (self.key_file is None):
-            raise ValueError("cert_file and key_file go together")
-        if self.ca_file is not None and not self.broker.startswith("mqtts://"):
-            raise ValueError("ca_file needs an mqtts:// broker")
+        check_tls_files(self)
         return self
 
 
@@ -233,6 +279,11 @@ class MqttSection(Section):
     @classmethod
     def _broker_url(cls, value: str) -> str:
         return check_broker_url(value)
+
+    @model_validator(mode="after")
+    def _tls(self) -> Self:
+        check_tls_files(self)
+        return self
 
 
 class HttpSection(Section):
@@ -301,7 +352,11 @@ class Config(Section):
     def _topics(cls, sensors: Mapping[str, SensorSection]) -> Mapping[str, SensorSection]:
         for topic in sensors:
             check_topic_filter(topic)
-        return sensors
+        return MappingProxyType(dict(sensors))
+
+    @field_serializer("sensors", mode="wrap")
+    def _plain(self, sensors: Mapping[str, SensorSection], dump: SerializerFunctionWrapHandler) -> Any:
+        return dump(dict(sensors))
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -1,1 +1,1 @@
-"""Types, errors and time. Imports nothing else of ours."""
+"""Types, errors, time and documents. Imports nothing else of ours."""

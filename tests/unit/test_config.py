@@ -1,0 +1,358 @@
+"""Configuration: every default by name, the environment over the file, frozen, and no input that crashes it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from agent.config import Config, HttpSection, McuSection, Section
+from agent.config_load import load_config
+from agent.core.documents import NotYaml, parse_yaml
+from agent.core.errors import ConfigError
+
+
+def load(tmp_path: Path, text: str | bytes, **environ: str) -> Config:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return load_config(path, environ)
+
+
+def refusal(tmp_path: Path, text: str | bytes, **environ: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, **environ)
+    assert str(caught.value) == "\n".join(caught.value.problems)
+    return str(caught.value)
+
+
+# --- defaults --------------------------------------------------------------------------------------------------------
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gateway": {"state_dir": Path("/var/lib/edge-agent"), "drain_timeout_s": 5},
+    "models": {"catalog": None},
+    "routing": {"max_cloud_cost": 0.01, "edge_preference": 0.7, "max_in_flight": 256},
+    "routing.latency_thresholds": {"realtime": 10, "near_realtime": 100, "interactive": 500, "batch": 1000},
+    "routing.model_size_thresholds": {"edge_mcu": 1, "edge_gpu": 10, "cloud": 1000},
+    "routing.parameter_thresholds": {"simple": 10_000, "medium": 1_000_000},
+    "routing.breaker": {
+        "failures": 5,
+        "error_rate": 0.5,
+        "window": 20,
+        "backoff_initial_s": 0.5,
+        "backoff_max_s": 120,
+    },
+    "edge_mcu": {
+        "enabled": True,
+        "ports": (),
+        "baud": 921_600,
+        "timeout_ms": 50,
+        "max_concurrent": 4,
+        "health_check_interval": 5,
+    },
+    "edge_gpu": {
+        "enabled": True,
+        "providers": ("tensorrt", "cuda", "cpu"),
+        "accelerator": "auto",
+        "strict_provider": False,
+        "timeout_ms": 200,
+        "max_concurrent": 5,
+        "threads": 1,
+        "workers": 2,
+        "inline_below_ms": 0.5,
+        "isolation": "thread",
+    },
+    "cloud": {"lanes": ()},
+    "fallback": {"cache_ttl": 3600, "max_cache_size": 10_000, "enable_stale_results": True, "stale_ttl": 86_400},
+    "mqtt": {
+        "enabled": True,
+        "broker": "mqtt://127.0.0.1:1883",
+        "username": None,
+        "password": None,
+        "ca_file": None,
+        "cert_file": None,
+        "key_file": None,
+        "keepalive_s": 15,
+        "max_payload_bytes": 1 << 20,
+        "max_in_flight": 128,
+    },
+    "http": {"enabled": True, "host": "127.0.0.1", "port": 8080, "max_body_bytes": 1 << 20, "allow_remote": False},
+    "monitoring": {"log_level": "info", "log_format": "json", "status_interval_s": 10, "sample_interval_s": 2},
+}
+LANE_DEFAULTS = {
+    "kind": "gpu",
+    "topic": "edge-agent/lanes/default",
+    "cost_per_request": 0.001,
+    "timeout_ms": 5000,
+    "max_concurrent": 100,
+    "username": None,
+    "password": None,
+    "ca_file": None,
+    "cert_file": None,
+    "key_file": None,
+    "region": None,
+    "backup": False,
+}
+SENSOR_DEFAULTS = {
+    "name": None,
+    "latency_class": "near",
+    "deadline_ms": None,
+    "priority": 5,
+    "format": "json",
+    "field": None,
+    "dtype": None,
+    "scale": 1,
+    "qos": 1,
+    "use_cache": True,
+    "allowed_regions": (),
+}
+FULL = """
+gateway: {id: press-7, state_dir: /srv/agent, drain_timeout_s: 2}
+models: {catalog: /srv/models/catalog.yaml}
+routing:
+  max_cloud_cost: 0.02
+  edge_preference: 0.8
+  latency_thresholds: {realtime: 5, near_realtime: 50, interactive: 250, batch: 2000}
+  model_size_thresholds: {edge_mcu: 0.5, edge_gpu: 20, cloud: 500}
+  parameter_thresholds: {simple: 20000, medium: 2000000}
+edge_mcu: {port: /dev/ttyACM0, baud: 115200, timeout_ms: 40, max_concurrent: 2, health_check_interval: 1}
+edge_gpu: {providers: [cuda, cpu], timeout_ms: 150, max_concurrent: 3}
+cloud:
+  lanes:
+    - {name: frankfurt, kind: gpu, broker: 'mqtts://a.example:8883', topic: lanes/f, cost_per_request: 0.002,
+       timeout_ms: 900, max_concurrent: 10, username: gw, password: '${credential:lane}', region: eu-central,
+       ca_file: /etc/ca.pem, cert_file: /etc/c.pem, key_file: /etc/k.pem}
+    - {name: spare, kind: serverless, broker: 'mqtt://b.example', backup: true}
+fallback: {cache_ttl: 60, max_cache_size: 10, enable_stale_results: false, stale_ttl: 60}
+mqtt: {broker: 'mqtt://[::1]:1884', username: u, password: '${BROKER_PASSWORD}'}
+http: {port: 0}
+monitoring: {log_level: debug, log_format: text}
+sensors:
+  press/+/vibration: {model: motion, latency_class: realtime, deadline_ms: 8, format: raw, dtype: int16, scale: 0.001}
+"""
+
+
+@pytest.mark.parametrize("section", DEFAULTS)
+def test_defaults_by_name(section: str) -> None:
+    part: Any = load_config(None, {})
+    for name in section.split("."):
+        part = getattr(part, name)
+    found = {name: value for name, value in part if not isinstance(value, Section) and name != "id"}
+    assert found == DEFAULTS[section]
+
+
+def test_every_section_is_in_the_table_of_defaults() -> None:
+    assert {name.split(".")[0] for name in DEFAULTS} | {"sensors"} == set(Config.model_fields)
+    assert load_config(None, {}).sensors == {}
+    assert load_config(None, {}).gateway.id
+
+
+def test_defaults_of_lanes_and_sensors(tmp_path: Path) -> None:
+    config = load(tmp_path, "cloud: {lanes: [{name: a, broker: 'mqtt://h'}]}\nsensors: {t: {model: m}}")
+    lane = dict(config.cloud.lanes[0])
+    assert (lane.pop("name"), lane.pop("broker")) == ("a", "mqtt://h")
+    assert lane == LANE_DEFAULTS
+    sensor = dict(config.sensors["t"])
+    assert sensor.pop("model") == "m"
+    assert sensor == SENSOR_DEFAULTS
+
+
+def test_a_full_file_is_read_as_written(tmp_path: Path) -> None:
+    (tmp_path / "lane").write_text("s3cret\n")
+    config = load(tmp_path, FULL, CREDENTIALS_DIRECTORY=str(tmp_path), BROKER_PASSWORD="12345")
+    assert config.gateway.id == "press-7"
+    assert config.edge_mcu.ports == ("/dev/ttyACM0",)
+    assert config.edge_gpu.providers == ("cuda", "cpu")
+    first, spare = config.cloud.lanes
+    assert (first.name, first.kind, first.region, first.cost_per_request) == ("frankfurt", "gpu", "eu-central", 0.002)
+    assert first.password is not None
+    assert first.password.get_secret_value() == "s3cret"
+    assert (spare.kind, spare.backup, spare.timeout_ms) == ("serverless", True, 5000)
+    assert config.mqtt.password is not None
+    assert config.mqtt.password.get_secret_value() == "12345"
+    assert config.sensors["press/+/vibration"].dtype == "int16"
+
+
+def test_an_empty_file_means_defaults(tmp_path: Path) -> None:
+    assert load(tmp_path, "# nothing\n").model_dump(exclude={"gateway"}) == Config().model_dump(exclude={"gateway"})
+
+
+# --- environment -----------------------------------------------------------------------------------------------------
+
+
+def test_environment_overrides_the_file(tmp_path: Path) -> None:
+    text = "edge_mcu: {timeout_ms: 40}\ncloud: {lanes: [{name: a, broker: 'mqtt://a'}, {name: b, broker: 'mqtt://b'}]}"
+    config = load(
+        tmp_path,
+        text,
+        EDGE_AGENT__EDGE_MCU__TIMEOUT_MS="30.5",
+        EDGE_AGENT__EDGE_MCU__PORTS="[/dev/ttyACM0, /dev/ttyACM1]",
+        EDGE_AGENT__EDGE_GPU__ENABLED="no",
+        EDGE_AGENT__CLOUD__LANES__1__BROKER="mqtt://c:1883",
+        EDGE_AGENT__ROUTING__BREAKER__FAILURES="7",
+        EDGE_AGENT__HTTP__HOST="::1",
+        OTHER__HTTP__PORT="1",
+    )
+    assert config.edge_mcu.timeout_ms == 30.5
+    assert config.edge_mcu.ports == ("/dev/ttyACM0", "/dev/ttyACM1")
+    assert config.edge_gpu.enabled is False
+    assert [lane.broker for lane in config.cloud.lanes] == ["mqtt://a", "mqtt://c:1883"]
+    assert config.routing.breaker.failures == 7
+    assert config.http.host == "::1"
+    assert config.http.port == 8080
+
+
+def test_a_whole_list_comes_from_one_variable() -> None:
+    config = load_config(None, {"EDGE_AGENT__CLOUD__LANES": "[{name: a, broker: 'mqtt://h'}]"})
+    assert config.cloud.lanes[0].broker == "mqtt://h"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("EDGE_AGENT__EDGE_MCU__TIMEOUT_MS", "50ms", "edge_mcu.timeout_ms: must be a number without a unit"),
+        ("EDGE_AGENT__EDGE_MCU__TIMEOUT", "50", "edge_mcu.timeout: unknown key; did you mean timeout_ms?"),
+        ("EDGE_AGENT__CLOUD__LANES__0__BROKER", "mqtt://h", "cloud.lanes: "),
+        ("EDGE_AGENT__HTTP__PORT__X", "1", "http.port: "),
+        ("EDGE_AGENT__HTTP", "{host: 0.0.0.0}", "http: host '0.0.0.0' is not loopback"),
+        ("EDGE_AGENT__HTTP__HOST", "0.0.0.0", "http: host '0.0.0.0' is not loopback"),
+        ("EDGE_AGENT__", "1", ": unknown key"),
+        ("EDGE_AGENT__" + "A__" * 5000 + "B", "1", "nested too deeply"),
+    ],
+)
+def test_a_fault_from_the_environment_names_the_variable(variable: str, value: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {variable: value})
+    assert expected in str(caught.value)
+    assert variable in str(caught.value) or "nested" in expected
+
+
+@pytest.mark.parametrize("index", ["1", "-1", "x", "²", ""])
+def test_a_list_index_that_is_not_there(tmp_path: Path, index: str) -> None:
+    variable = f"EDGE_AGENT__CLOUD__LANES__{index}__NAME"
+    text = "cloud: {lanes: [{name: a, broker: 'mqtt://a'}]}"
+    assert f"{variable}: cloud.lanes has no item" in refusal(tmp_path, text, **{variable: "b"})
+
+
+def test_references_are_read_as_what_the_key_takes(tmp_path: Path) -> None:
+    text = "http: {port: '${P}', enabled: '${E}'}\nedge_mcu: {port: '/dev/${TTY}', timeout_ms: '${T}'}"
+    config = load(tmp_path, text, P="8081", E="true", TTY="ttyS1", T="2.5")
+    assert (config.http.port, config.http.enabled, config.edge_mcu.timeout_ms) == (8081, True, 2.5)
+    assert config.edge_mcu.ports == ("/dev/ttyS1",)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "missing", "sub"])
+def test_a_credential_is_a_file_in_its_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(ConfigError, match="is not set"):
+        load(tmp_path, f"mqtt: {{password: '${{credential:{name}}}'}}", CREDENTIALS_DIRECTORY=str(tmp_path))
+
+
+def test_a_path_is_no_credential_name(tmp_path: Path) -> None:
+    folder = tmp_path / "credentials"
+    folder.mkdir()
+    (tmp_path / "outside").write_text("x")
+    config = load(tmp_path, "mqtt: {password: '${credential:../outside}'}", CREDENTIALS_DIRECTORY=str(folder))
+    assert config.mqtt.password is not None
+    assert config.mqtt.password.get_secret_value() == "${credential:../outside}"
+
+
+# --- frozen ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_tree_is_frozen(tmp_path: Path) -> None:
+    config = load(tmp_path, "sensors: {t: {model: m}}\nedge_mcu: {port: p}")
+    with pytest.raises(ValidationError):
+        config.http.port = 1
+    with pytest.raises(ValidationError):
+        config.sensors["t"].model = "x"
+    with pytest.raises(TypeError):
+        config.sensors["u"] = config.sensors["t"]  # type: ignore[index]
+    assert isinstance(config.edge_mcu.ports, tuple)
+    assert config.model_dump()["sensors"]["t"]["model"] == "m"
+
+
+def mutable_types(annotation: Any) -> Iterator[Any]:
+    origin = get_origin(annotation)
+    if (origin or annotation) in (list, dict, set, bytearray):
+        yield annotation
+    if origin in (Annotated, Union, UnionType, tuple):
+        for part in get_args(annotation):
+            yield from mutable_types(part)
+
+
+def sections(kind: type[Section] = Config) -> Iterator[type[Section]]:
+    yield kind
+    yield from Section.__subclasses__() if kind is Config else ()
+
+
+@pytest.mark.parametrize("section", list(sections()), ids=lambda section: section.__name__)
+def test_no_key_of_a_section_can_change(section: type[Section]) -> None:
+    assert section.model_config["frozen"]
+    assert section.model_config["extra"] == "forbid"
+    for name, field in section.model_fields.items():
+        assert not list(mutable_types(field.annotation)), name
+        assert NoneType in get_args(field.annotation) or field.default is not None or field.default_factory, name
+
+
+def test_sections_can_be_made_without_a_file() -> None:
+    assert McuSection(ports=("a", "b")).max_concurrent == 4
+    assert HttpSection(port=0).port == 0
+    assert McuSection.model_validate({"port": "a"}).ports == ("a",)
+
+
+# --- whatever it is given --------------------------------------------------------------------------------------------
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.dates(), st.binary(max_size=5)
+)
+SECTION_NAMES = st.sampled_from([*Config.model_fields, "x"])
+KEYS = st.sampled_from([name for section in sections() for name in section.model_fields] + ["port", "x", "0"])
+TREES = st.dictionaries(
+    SECTION_NAMES,
+    st.recursive(
+        SCALARS,
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=3),
+            st.dictionaries(KEYS, inner, max_size=4),
+            st.dictionaries(st.one_of(SCALARS), inner, max_size=2),
+        ),
+        max_leaves=12,
+    ),
+    max_size=4,
+)
+ANYTHING = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@ANYTHING
+@given(data=st.one_of(st.binary(max_size=200), st.text(max_size=200).map(lambda text: text.encode("utf-8", "ignore"))))
+def test_garbage_is_refused_or_means_something(tmp_path: Path, data: bytes) -> None:
+    try:
+        load(tmp_path, data)
+    except ConfigError as error:
+        assert error.problems
+
+
+@ANYTHING
+@given(tree=TREES, environ=st.dictionaries(KEYS.map(lambda key: f"EDGE_AGENT__{key.upper()}"), st.text(max_size=9)))
+def test_any_tree_is_refused_or_valid(tmp_path: Path, tree: Any, environ: dict[str, str]) -> None:
+    try:
+        config = load(tmp_path, yaml.dump(tree), **environ)
+    except ConfigError as error:
+        assert error.problems
+        assert all(len(problem) < 2000 for problem in error.problems)
+    else:
+        assert isinstance(config, Config)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(alphabet="ab01:-[]{},&*!%@`'\"|>#?~ \n.<\\ex_", max_size=40))
+def test_yaml_of_any_shape_raises_one_kind_of_error(text: str) -> None:
+    try:
+        parse_yaml(text)
+    except NotYaml as error:
+        assert len(str(error)) < 200

@@ -1,0 +1,231 @@
+"""What the configuration refuses, in which words, and that no word of it is a secret."""
+
+import traceback
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from agent.config import Config, LaneSection, MqttSection
+from agent.config_load import MAX_CONFIG_BYTES, load_config
+from agent.core.errors import ConfigError
+
+SECRET = "hunter2-swordfish"
+
+
+def load(tmp_path: Path, text: str | bytes, **environ: str) -> Config:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return load_config(path, environ)
+
+
+def refusal(tmp_path: Path, text: str | bytes, **environ: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, **environ)
+    assert str(caught.value) == "\n".join(caught.value.problems)
+    return str(caught.value)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+LANE = "cloud: {lanes: [{name: a, broker: 'mqtts://h', %s}]}"
+REFUSED = [
+    ("edge_mcu: {timeout: 50}", "edge_mcu.timeout: unknown key; did you mean timeout_ms?"),
+    ("edge_mcu: {timeout_ms: 50ms}", "edge_mcu.timeout_ms: must be a number without a unit; the unit is in the name"),
+    ("edge_mcu: {timeout_ms: 50ms}", "found '50ms'"),
+    ("edge_mcu: {timeout_ms: '50'}", "edge_mcu.timeout_ms: must be a number"),
+    ("edge_mcu: {timeout_ms: true}", "edge_mcu.timeout_ms: must be a number"),
+    ("edge_mcu: {timeout_ms: 0}", "edge_mcu.timeout_ms: Input should be greater than 0, found '0'"),
+    ("edge_mcu: {timeout_ms: .nan}", "edge_mcu.timeout_ms: Input should be a finite number, found 'nan'"),
+    ("edge_mcu: {timeout_ms: .inf}", "edge_mcu.timeout_ms: Input should be "),
+    ("edge_mcu: {baud: 9600.5}", "edge_mcu.baud: Input should be a valid integer"),
+    ("edge_mcu: {baud: 0x" + "f" * 5000 + "}", "edge_mcu.baud: Input should be less than or equal to 20000000"),
+    ("edge_mcu: {timeout_ms: 0x" + "f" * 5000 + "}", "edge_mcu.timeout_ms: "),
+    ("edge_mcu: {enabled: 1}", "edge_mcu.enabled: must be true or false, found '1'"),
+    ("edge_mcu: {enabled: 'yes'}", "edge_mcu.enabled: must be true or false, found 'yes'"),
+    ("edge_mcu: {port: a, ports: [b]}", "edge_mcu: give either port or ports, not both"),
+    ("edge_mcu: {ports: [a, a]}", "edge_mcu.ports: names the same port twice"),
+    ("edge_mcu: {port: [a]}", "edge_mcu.ports.0: Input should be a valid string"),
+    ("edge_gpu: {providers: []}", "edge_gpu.providers: "),
+    (
+        "edge_gpu: {providers: [rocm]}",
+        "edge_gpu.providers.0: Input should be 'tensorrt', 'cuda' or 'cpu', found 'rocm'",
+    ),
+    ("nonsense: {}", "nonsense: unknown key; allowed: cloud, edge_gpu, edge_mcu, fallback"),
+    ("edge_gpuu: {}", "edge_gpuu: unknown key; did you mean edge_gpu?"),
+    ("routing: {breaker: {failure: 1}}", "routing.breaker.failure: unknown key; did you mean failures?"),
+    (
+        "routing: {edge_preference: 1.1}",
+        "routing.edge_preference: Input should be less than or equal to 1, found '1.1'",
+    ),
+    ("routing: {latency_thresholds: {realtime: 100}}", "routing.latency_thresholds: must ascend: realtime < near_real"),
+    ("routing: {model_size_thresholds: {edge_mcu: 11}}", "routing.model_size_thresholds: must ascend"),
+    ("routing: {parameter_thresholds: {medium: 9}}", "routing.parameter_thresholds: must ascend: simple <= medium"),
+    ("routing: {breaker: {backoff_max_s: 0.1}}", "routing.breaker: backoff_initial_s must not exceed backoff_max_s"),
+    ("cloud: {lanes: [{broker: 'mqtt://h'}]}", "cloud.lanes.0.name: Field required"),
+    (
+        "cloud: {lanes: [{name: a, broker: 'mqtt://h', cost: 1}]}",
+        "cloud.lanes.0.cost: unknown key; did you mean cost_p",
+    ),
+    (
+        "cloud: {lanes: [{name: a, broker: h}]}",
+        "cloud.lanes.0.broker: must be mqtt://HOST[:PORT] or mqtts://HOST[:PORT]",
+    ),
+    ("cloud: {lanes: [{name: a, broker: 'mqtt://h:99999'}]}", "cloud.lanes.0.broker: must be mqtt://HOST[:PORT]"),
+    (
+        "cloud: {lanes: [{name: a, broker: 'mqtt://h'}, {name: a, broker: 'mqtt://g'}]}",
+        "cloud: two lanes have the same",
+    ),
+    (LANE % "topic: 'a/#'", "cloud.lanes.0.topic: "),
+    (LANE % "cost_per_request: -1", "cloud.lanes.0.cost_per_request: "),
+    (LANE % "cert_file: c.pem", "cloud.lanes.0: cert_file and key_file go together"),
+    ("mqtt: {key_file: k.pem}", "mqtt: cert_file and key_file go together"),
+    ("mqtt: {ca_file: ca.pem}", "mqtt: ca_file, cert_file and key_file need an mqtts:// broker"),
+    ("mqtt: {cert_file: c, key_file: k}", "mqtt: ca_file, cert_file and key_file need an mqtts:// broker"),
+    ("fallback: {stale_ttl: 10}", "fallback: stale_ttl must be at least cache_ttl"),
+    ("http: {host: 0.0.0.0}", "http: host '0.0.0.0' is not loopback: set allow_remote: true if that is meant"),
+    ("http: {port: 65536}", "http.port: Input should be less than or equal to 65535, found '65536'"),
+    ("http: {enabled: false}\nmqtt: {enabled: false}", "(whole file): no door is open: enable http or mqtt"),
+    (
+        "edge_gpu: {enabled: false}",
+        "(whole file): no tier can answer: configure edge_mcu.ports, edge_gpu or cloud.lanes",
+    ),
+    ("mqtt: {enabled: false}\nsensors: {t: {model: m}}", "(whole file): sensors need mqtt.enabled: true"),
+    ("sensors: {'a/#': {model: m}}", "sensors: 'a/#' is not a usable topic: 1 to 200 characters, + allowed, # not"),
+    ("sensors: {'a/b+': {model: m}}", "sensors: 'a/b+': + must be a whole level"),
+    ("sensors: {t: {model: m, qos: 2}}", "sensors.t.qos: Input should be 0 or 1, found '2'"),
+    ("sensors: {t: {model: m, qos: true}}", "sensors.t.qos: "),
+    (
+        "sensors: {t: {model: m, priority: 11}}",
+        "sensors.t.priority: Input should be less than or equal to 10, found '11'",
+    ),
+    ("sensors: {t: {model: m, deadline: 1}}", "sensors.t.deadline: unknown key; did you mean deadline_ms?"),
+    ("gateway: {id: 'a b'}", "gateway.id: "),
+    ("http: 5", "http: Input should be a valid dictionary or instance of HttpSection, found '5'"),
+    ("8080: {}", "8080"),
+    (
+        "edge_mcu: {a: {b: {c: {d: {e: {f: {g: {h: {i: {j: {k: {l: {m: {n: {o: {p: 1}}}}}}}}}}}}}}}}",
+        "nested too deeply",
+    ),
+    ("- a", "must be a mapping of sections, found a list"),
+    ("edge_mcu: {timeout_ms: 50", "cannot be read as YAML: line 1"),
+    ("http: {port: 1}\nhttp: {port: 2}", "cannot be read as YAML: line 2, column 1: this key is given twice"),
+    ("a: &x 1\nb: *x", "cannot be read as YAML: line 2, column 4: aliases are not supported"),
+    ("a: !!python/name:os.system", "tags are not supported"),
+    ("a: 2024-99-99", "a value cannot be read"),
+    (b"\xff\xfe\xfa", "byte 0: not UTF-8"),
+    (b"a: \x00", "special characters are not allowed"),
+    ("[" * 50_000, "nested too deeply"),
+    (b"#" * (MAX_CONFIG_BYTES + 1), "larger than 1000000 bytes"),
+    ("edge_mcu: {port: '${PORT}'}", "edge_mcu.port: ${PORT} is not set"),
+    ("mqtt: {password: '${credential:none}'}", "mqtt.password: ${credential:none} is not set"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), REFUSED, ids=[f"{i}-{e[:40]}" for i, (_, e) in enumerate(REFUSED)])
+def test_refused_with_file_place_and_remedy(tmp_path: Path, text: str | bytes, expected: str) -> None:
+    message = refusal(tmp_path, text)
+    assert expected in message
+    assert all(line.startswith(f"{tmp_path / 'config.yaml'}: ") for line in message.splitlines())
+    assert len(message) < 400
+
+
+def test_every_fault_gets_its_line(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "edge_mcu: {timeout_ms: 50ms, bauds: 1}\nhttp: {port: -1}")
+    assert [line.split(": ")[1] for line in message.splitlines()] == [
+        "edge_mcu.timeout_ms",
+        "edge_mcu.bauds",
+        "http.port",
+    ]
+
+
+def test_exactly_the_cap_is_accepted(tmp_path: Path) -> None:
+    load(tmp_path, b"#" * MAX_CONFIG_BYTES)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read: No such file"):
+        load_config(tmp_path / "none.yaml", {})
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_config(tmp_path, {})
+
+
+def test_an_alias_bomb_is_refused_before_it_grows(tmp_path: Path) -> None:
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 100))
+    assert "aliases are not supported" in refusal(tmp_path, bomb)
+    merges = "a0: &a0 {k: v}\n" + "".join(f"a{i}: &a{i}\n  <<: [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 100))
+    assert "aliases are not supported" in refusal(tmp_path, merges)
+    assert "merge keys are not supported" in refusal(tmp_path, "a: {<<: {b: c}}")
+
+
+@pytest.mark.parametrize("endless", ["/dev/zero", "/dev/urandom"])
+def test_a_file_without_an_end_is_read_up_to_the_cap(endless: str) -> None:
+    with pytest.raises(ConfigError, match="larger than"):
+        load_config(Path(endless), {})
+
+
+# --- secrets ---------------------------------------------------------------------------------------------------------
+
+
+def test_secrets_are_not_shown_by_a_loaded_tree(tmp_path: Path) -> None:
+    text = "mqtt: {password: '${PW}'}\n" + LANE % f"password: {SECRET}"
+    config = load(tmp_path, text, PW=SECRET)
+    for shown in (repr(config), str(config), str(config.model_dump()), config.model_dump_json(), repr(dict(config))):
+        assert SECRET not in shown
+    assert isinstance(config.mqtt.password, SecretStr)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"mqtt: {{password: [{SECRET}]}}",
+        f"mqtt: {{password: {{x: {SECRET}}}}}",
+        f"mqtt: {{passwort: {SECRET}}}",
+        f"mqtt: {{broker: 'mqtt://u:{SECRET}@h'}}",
+        f"mqtt: {{broker: 'mqtt://u:{SECRET}@h:99999'}}",
+        f"mqtt: {{broker: 'amqp://u:{SECRET}@h'}}",
+        "mqtt: {broker: '${PW}'}",
+        "mqtt: {broker: 'mqtt://u:${PW}@h'}",
+        "mqtt: {keepalive_s: '${PW}'}",
+        "mqtt: {keepalive_s: '${credential:pw}'}",
+        "http: {host: '${PW}x', port: '${PW}'}\nedge_mcu: {port: '${PW}', baud: 1}",
+        "http: {enabled: '${PW}'}",
+        "gateway: {id: 'a ${PW}'}",
+        "sensors: {t: {model: m, format: '${PW}'}}",
+        LANE % f"password: {SECRET}, cert_file: c.pem",
+        f"mqtt: {{password: *{SECRET}}}",
+        f"mqtt: {{password: !{SECRET} x}}",
+        f"mqtt: {{password: !{SECRET}!x y}}",
+        f"mqtt: {{password: '{SECRET}}}",
+        f'mqtt: {{password: "{SECRET}\\q"}}',
+        f"mqtt: {{password: @{SECRET}}}",
+        f"mqtt: {{password: %{SECRET}}}",
+        f"mqtt: {{password: a: {SECRET}}}",
+        f"mqtt: {{password: {SECRET}, password: {SECRET}}}",
+        f"%{SECRET}",
+        f"mqtt:\n  password: {SECRET}\n bad",
+    ],
+)
+def test_secrets_are_not_shown_by_errors(tmp_path: Path, text: str) -> None:
+    (tmp_path / "pw").write_text(SECRET)
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, PW=SECRET, CREDENTIALS_DIRECTORY=str(tmp_path))
+    shown = "".join(traceback.format_exception(caught.value))
+    assert SECRET not in shown
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("value", [SECRET, "1234", "no", "~", "[a", "a: b", "# x", "'quoted'", "", "2024-01-01", " x "])
+def test_a_secret_variable_is_taken_as_it_is(value: str) -> None:
+    config = load_config(None, {"EDGE_AGENT__MQTT__PASSWORD": value})
+    assert config.mqtt.password is not None
+    assert config.mqtt.password.get_secret_value() == value
+
+
+def test_a_refused_section_does_not_show_its_input() -> None:
+    with pytest.raises(ValidationError) as caught:
+        LaneSection(name="a", broker="mqtt://h", password=SecretStr(SECRET), cert_file=Path("x"))
+    assert "cert_file and key_file go together" in str(caught.value)
+    with pytest.raises(ValidationError) as caught:
+        MqttSection.model_validate({"password": SECRET, "ca_file": "x"})
+    assert SECRET not in str(caught.value)
