@@ -1,0 +1,4 @@
+"""Training, export and measurement of the models in this folder.
+
+Needs the `train` extra. Nothing that runs on a gateway imports this package.
+"""
