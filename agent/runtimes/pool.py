@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from agent.runtimes.base import (
     LoadedModel,
     ModelFile,
     RunOutcome,
-    Runtime,
     RuntimeFactory,
     RuntimeUnavailable,
 )
+from agent.runtimes.isolated import ProcessEngine
+from agent.runtimes.runners import RuntimeOptions
 from agent.runtimes.threads import ThreadEngine
 
 WINDOW = 32
@@ -36,17 +37,6 @@ OUTLIER = 4.0
 """One run this many times over the inline limit moves the model off the event loop at once."""
 BUSY_WINDOW_S = 10.0
 """Time constant of the busy share."""
-
-
-def make_runtime(settings: GpuSection, format: Format) -> Runtime:
-    """The library for a format, imported now. Raises `RuntimeUnavailable`."""
-    if format == "tflite":
-        from agent.runtimes.litert import LiteRtRuntime
-
-        return LiteRtRuntime(settings.threads, settings.accelerator, strict=settings.strict_provider)
-    from agent.runtimes.onnx import OnnxRuntime
-
-    return OnnxRuntime(settings.threads, settings.providers, strict=settings.strict_provider)
 
 
 class ServiceTimes:
@@ -127,15 +117,18 @@ class RuntimePool:
         self._settings = settings
         self._clock = clock
         self._limit = settings.workers + max_queued
-        self._inline_below_s = settings.inline_below_ms / 1e3
+        self._inline_below_s = settings.inline_below_ms / 1e3 if settings.isolation == "thread" else 0.0
         self._models: dict[str, _Model] = {}
         self._busy = BusyShare(settings.workers, clock)
-        self._engine: Engine = ThreadEngine(
-            factory or (lambda format: make_runtime(settings, format)),
-            settings.workers,
-            settings.timeout_ms / 1e3,
-            clock,
-        )
+        timeout_s = settings.timeout_ms / 1e3
+        options = RuntimeOptions(settings.threads, settings.accelerator, settings.providers, settings.strict_provider)
+        self._trial: Callable[[], ProcessEngine] | None = None
+        if settings.isolation == "process":
+            self._engine: Engine = ProcessEngine(options, settings.workers, timeout_s, clock)
+        else:
+            self._engine = ThreadEngine(factory or options.runtime, settings.workers, timeout_s, clock)
+            if trial and factory is None:
+                self._trial = lambda: ProcessEngine(options, 1, timeout_s, clock)
 
     async def load(self, path: Path, format: Format, sha256: str) -> LoadedModel:
         """Raises `RuntimeUnavailable` or `ValueError` (not the recorded file, or not a usable model)."""
@@ -147,13 +140,20 @@ class RuntimePool:
     async def load_all(self, files: Iterable[ModelFile]) -> dict[str, LoadedModel | RuntimeUnavailable | ValueError]:
         """Load several files, by digest; what one of them lacks does not keep the others out."""
         outcomes: dict[str, LoadedModel | RuntimeUnavailable | ValueError] = {}
-        for file in files:
-            try:
-                outcomes[file.sha256] = loaded = await self._engine.load(file)
-            except (RuntimeUnavailable, ValueError) as error:
-                outcomes[file.sha256] = error
-                continue
-            self._models.setdefault(file.sha256, _Model(loaded, self._inline_below_s))
+        trial = None if self._trial is None else self._trial()
+        try:
+            for file in files:
+                try:
+                    if trial is not None:
+                        await trial.load(file)
+                    outcomes[file.sha256] = loaded = await self._engine.load(file)
+                except (RuntimeUnavailable, ValueError) as error:
+                    outcomes[file.sha256] = error
+                    continue
+                self._models.setdefault(file.sha256, _Model(loaded, self._inline_below_s))
+        finally:
+            if trial is not None:
+                await trial.close()
         return outcomes
 
     async def run(self, sha256: str, inputs: Tensors, deadline: float) -> RunOutcome:

@@ -4,117 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
 from queue import SimpleQueue
 from typing import Any
 
 from agent.core.clock import Clock
 from agent.core.errors import TargetFailed, TargetTimeout
-from agent.core.types import Tensor, Tensors
+from agent.core.types import Tensors
 from agent.runtimes.base import (
     LoadedModel,
     ModelFile,
-    ModelRunner,
     RunOutcome,
-    Runtime,
     RuntimeFactory,
 )
-
-FIRST_RUNS = 8
-"""Timed runs after loading: enough to choose between inline and pool before the first request."""
-FIRST_RUNS_S = 0.05
-"""Bound on those runs, so that a slow model does not hold up the start."""
-
-
-class RunnerSet:
-    """The instances of one model. One is made now, more when several threads want the model at once.
-
-    There are never more than threads that use it. Raises `RuntimeUnavailable` or `ValueError`.
-    """
-
-    def __init__(self, runtime: Runtime, file: ModelFile, clock: Clock) -> None:
-        self._runtime = runtime
-        self._file = file
-        self._clock = clock
-        first = self._load()
-        self.provider = first.provider
-        self._shared = first if first.reentrant else None
-        self._free = deque([first])
-        self.loaded = LoadedModel(file, runtime.name, first.provider, self._first_runs(first))
-
-    def run(self, inputs: Tensors) -> dict[str, Tensor]:
-        """Raises what `ModelRunner.run` raises, and `ValueError` if the file is no longer the one recorded."""
-        if self._shared is not None:
-            return self._shared.run(inputs)
-        try:
-            runner = self._free.pop()
-        except IndexError:
-            runner = self._load()
-        try:
-            return runner.run(inputs)
-        finally:
-            self._free.append(runner)
-
-    @property
-    def idle(self) -> bool:
-        """Whether `run` would find an instance at hand."""
-        return bool(self._free)
-
-    def close(self) -> None:
-        """Free the instances that are not running; the others go when their run ends and nothing refers to them."""
-        while self._free:
-            self._free.pop().close()
-
-    def _load(self) -> ModelRunner:
-        self._file.verify()
-        return self._runtime.load(self._file.path)
-
-    def _first_runs(self, runner: ModelRunner) -> tuple[float, ...]:
-        inputs = runner.zeros()
-        samples: list[float] = []
-        try:
-            runner.run(inputs)  # The first run allocates and is not typical.
-            began = now = self._clock.monotonic()
-            while len(samples) < FIRST_RUNS and now - began < FIRST_RUNS_S:
-                runner.run(inputs)
-                samples.append(self._clock.monotonic() - now)
-                now += samples[-1]
-        except RuntimeError as error:
-            raise ValueError(f"{self._file.path.name} loads but does not run: {error}") from None
-        return tuple(samples)
-
-
-class Runners:
-    """All models of one process, by digest; shared by the threads engine and the child process."""
-
-    def __init__(self, factory: RuntimeFactory, clock: Clock) -> None:
-        self._factory = factory
-        self._clock = clock
-        self._runtimes: dict[str, Runtime] = {}
-        self._sets: dict[str, RunnerSet] = {}
-        self._loading = threading.Lock()
-
-    def load(self, file: ModelFile) -> LoadedModel:
-        """Blocking. Raises `RuntimeUnavailable` or `ValueError`."""
-        with self._loading:
-            if (known := self._sets.get(file.sha256)) is not None:
-                return known.loaded
-            file.verify()
-            runtime = self._runtimes.get(file.format)
-            if runtime is None:
-                runtime = self._runtimes[file.format] = self._factory(file.format)
-            made = self._sets[file.sha256] = RunnerSet(runtime, file, self._clock)
-            return made.loaded
-
-    def __getitem__(self, sha256: str) -> RunnerSet:
-        """Raises `KeyError`."""
-        return self._sets[sha256]
-
-    def close(self) -> None:
-        for runners in self._sets.values():
-            runners.close()
-        self._sets.clear()
+from agent.runtimes.runners import Runners
 
 
 class _Job:
@@ -230,7 +133,7 @@ class ThreadEngine:
     """
 
     def __init__(self, factory: RuntimeFactory, workers: int, stuck_s: float, clock: Clock) -> None:
-        self._runners = Runners(factory, clock)
+        self._runners = Runners(factory, clock.monotonic)
         self._workers = Workers(workers, clock)
         self._count = workers
         self._stuck_s = stuck_s

@@ -1,0 +1,127 @@
+"""Loaded models by digest, with as many instances of each as run at once. Shared by both engines."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from agent.core.types import Tensor, Tensors
+from agent.runtimes.base import Format, LoadedModel, ModelFile, ModelRunner, Runtime, RuntimeFactory
+
+FIRST_RUNS = 8
+"""Timed runs after loading: enough to choose between inline and pool before the first request."""
+FIRST_RUNS_S = 0.05
+"""Bound on those runs, so that a slow model does not hold up the start."""
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeOptions:
+    """What of the settings the libraries need: plain values, so that a child process can be given them."""
+
+    threads: int = 1
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    providers: Sequence[str] = ("cpu",)
+    strict_provider: bool = False
+
+    def runtime(self, format: Format) -> Runtime:
+        """The library for a format, imported now. Raises `RuntimeUnavailable`."""
+        if format == "tflite":
+            from agent.runtimes.litert import LiteRtRuntime
+
+            return LiteRtRuntime(self.threads, self.accelerator, strict=self.strict_provider)
+        from agent.runtimes.onnx import OnnxRuntime
+
+        return OnnxRuntime(self.threads, self.providers, strict=self.strict_provider)
+
+
+class RunnerSet:
+    """The instances of one model. One is made now, more when several threads want the model at once.
+
+    There are never more than threads that use it. Raises `RuntimeUnavailable` or `ValueError`.
+    """
+
+    def __init__(self, runtime: Runtime, file: ModelFile, monotonic: Callable[[], float]) -> None:
+        self._runtime = runtime
+        self._file = file
+        self._monotonic = monotonic
+        first = self._load()
+        self.provider = first.provider
+        self._shared = first if first.reentrant else None
+        self._free = deque([first])
+        self.loaded = LoadedModel(file, runtime.name, first.provider, self._first_runs(first))
+
+    def run(self, inputs: Tensors) -> dict[str, Tensor]:
+        """Raises what `ModelRunner.run` raises, and `ValueError` if the file is no longer the one recorded."""
+        if self._shared is not None:
+            return self._shared.run(inputs)
+        try:
+            runner = self._free.pop()
+        except IndexError:
+            runner = self._load()
+        try:
+            return runner.run(inputs)
+        finally:
+            self._free.append(runner)
+
+    @property
+    def idle(self) -> bool:
+        """Whether `run` would find an instance at hand."""
+        return bool(self._free)
+
+    def close(self) -> None:
+        """Free the instances that are not running; the others go when their run ends and nothing refers to them."""
+        while self._free:
+            self._free.pop().close()
+
+    def _load(self) -> ModelRunner:
+        self._file.verify()
+        return self._runtime.load(self._file.path)
+
+    def _first_runs(self, runner: ModelRunner) -> tuple[float, ...]:
+        inputs = runner.zeros()
+        samples: list[float] = []
+        try:
+            runner.run(inputs)  # The first run allocates and is not typical.
+            began = now = self._monotonic()
+            while len(samples) < FIRST_RUNS and now - began < FIRST_RUNS_S:
+                runner.run(inputs)
+                samples.append(self._monotonic() - now)
+                now += samples[-1]
+        except RuntimeError as error:
+            raise ValueError(f"{self._file.path.name} loads but does not run: {error}") from None
+        return tuple(samples)
+
+
+class Runners:
+    """All models of one process, by digest; shared by the threads engine and the child process."""
+
+    def __init__(self, factory: RuntimeFactory, monotonic: Callable[[], float]) -> None:
+        self._factory = factory
+        self._monotonic = monotonic
+        self._runtimes: dict[str, Runtime] = {}
+        self._sets: dict[str, RunnerSet] = {}
+        self._loading = threading.Lock()
+
+    def load(self, file: ModelFile) -> LoadedModel:
+        """Blocking. Raises `RuntimeUnavailable` or `ValueError`."""
+        with self._loading:
+            if (known := self._sets.get(file.sha256)) is not None:
+                return known.loaded
+            file.verify()
+            runtime = self._runtimes.get(file.format)
+            if runtime is None:
+                runtime = self._runtimes[file.format] = self._factory(file.format)
+            made = self._sets[file.sha256] = RunnerSet(runtime, file, self._monotonic)
+            return made.loaded
+
+    def __getitem__(self, sha256: str) -> RunnerSet:
+        """Raises `KeyError`."""
+        return self._sets[sha256]
+
+    def close(self) -> None:
+        for runners in self._sets.values():
+            runners.close()
+        self._sets.clear()
