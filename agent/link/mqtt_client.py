@@ -12,6 +12,7 @@ import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.properties import Properties
 
+from agent.config import LaneSection, MqttSection
 from agent.core.clock import Clock
 from agent.core.errors import LinkError, ProtocolError
 from agent.wire.mqtt_properties import MessageProperties
@@ -75,6 +76,20 @@ class LinkOptions:
     backoff_initial_s: float = 0.5
     backoff_max_s: float = 60.0
     will: Will | None = None
+
+
+def link_options(section: LaneSection | MqttSection, client_id: str, **settings: Any) -> LinkOptions:
+    """The options for a broker of the configuration; `settings` are the other fields of `LinkOptions`."""
+    return LinkOptions(
+        broker=section.broker,
+        client_id=client_id,
+        username=section.username,
+        password=None if section.password is None else section.password.get_secret_value(),
+        ca_file=section.ca_file,
+        cert_file=section.cert_file,
+        key_file=section.key_file,
+        **settings,
+    )
 
 
 class PahoClient(paho.Client):

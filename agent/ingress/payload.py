@@ -1,0 +1,102 @@
+"""What arrives at a door as bytes and text, made into what `routing.admission` takes. Raises `InvalidRequest`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic_core import from_json
+
+from agent.core.errors import InvalidRequest
+
+MAX_OPTIONS = 32
+DTYPES = ("float32", "float16", "int8", "uint8", "int16", "int32", "int64")
+"""How raw bytes may be read."""
+
+
+class Undecodable(InvalidRequest):
+    """The bytes are not JSON."""
+
+    code = "undecodable"
+
+
+class TooLarge(InvalidRequest):
+    """More bytes than the setting allows."""
+
+    code = "too_large"
+    http_status = 413
+
+
+@dataclass(frozen=True, slots=True)
+class RawOptions:
+    """What goes with raw tensor bytes: how to read them, and the keys of a request document."""
+
+    dtype: str | None = None
+    scale: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def decode_json(data: bytes) -> Any:
+    """JSON of bounded depth, in UTF-8. NaN passes, so that admission can name the tensor that holds it."""
+    try:
+        return from_json(data, cache_strings="keys")
+    except ValueError as error:
+        raise Undecodable(f"(payload): is not JSON: {error}", field="(payload)") from None
+
+
+def read_options(pairs: Iterable[tuple[str, str]]) -> RawOptions:
+    """Options given as text, for example `deadline_ms` 50, `use_cache` false, `allowed_regions` eu,us, `dtype` int8."""
+    options: dict[str, Any] = {}
+    for key, text in pairs:
+        if key in options:
+            raise InvalidRequest(f"{key[:64]}: is given twice", field=key[:64])
+        if len(options) >= MAX_OPTIONS:
+            raise InvalidRequest(f"(options): at most {MAX_OPTIONS} can be given", field="(options)")
+        options[key] = _READERS.get(key, _text)(key, text)
+    dtype = options.pop("dtype", None)
+    if dtype is not None and dtype not in DTYPES:
+        raise InvalidRequest(f"dtype: must be one of {', '.join(DTYPES)}, found {dtype[:32]!r}", field="dtype")
+    return RawOptions(dtype, options.pop("scale", 1.0), options)
+
+
+def _text(key: str, text: str) -> str:
+    return text
+
+
+def _real(key: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InvalidRequest(f"{key}: must be a number, found {text[:32]!r}", field=key)
+    return value
+
+
+def _whole(key: str, text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or len(text) > 9:
+        raise InvalidRequest(f"{key}: must be a whole number, found {text[:32]!r}", field=key)
+    return int(text)
+
+
+def _flag(key: str, text: str) -> bool:
+    if text not in ("true", "false"):
+        raise InvalidRequest(f"{key}: must be true or false, found {text[:32]!r}", field=key)
+    return text == "true"
+
+
+def _names(key: str, text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+_READERS: Mapping[str, Callable[[str, str], Any]] = {
+    "deadline_ms": _real,
+    "timeout_ms": _real,
+    "scale": _real,
+    "priority": _whole,
+    "max_retries": _whole,
+    "use_cache": _flag,
+    "allowed_regions": _names,
+}

@@ -1,0 +1,85 @@
+"""A sensor's messages to requests, as the `sensors` section of the configuration has it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from agent.config import SensorSection
+from agent.core.errors import InvalidRequest
+from agent.core.types import InferenceRequest
+from agent.ingress.payload import decode_json
+from agent.routing.admission import Admission
+
+_UNUSUAL = re.compile(r"[^A-Za-z0-9_.-]")
+
+
+class Sensor:
+    """One entry of the configuration: a topic filter and how to read what comes on it."""
+
+    def __init__(self, topic_filter: str, section: SensorSection) -> None:
+        self.topic_filter = topic_filter
+        self.section = section
+        self._wild = [at for at, level in enumerate(topic_filter.split("/")) if level == "+"]
+        self._options: dict[str, Any] = {
+            "latency_class": section.latency_class,
+            "priority": section.priority,
+            "use_cache": section.use_cache,
+        }
+        if section.deadline_ms is not None:
+            self._options["deadline_ms"] = section.deadline_ms
+        if section.allowed_regions:
+            self._options["allowed_regions"] = list(section.allowed_regions)
+
+    def name(self, topic: str) -> str:
+        """The configured name, else what the wildcards matched, else the last level; fit for a topic of its own."""
+        if self.section.name is not None:
+            return self.section.name
+        levels = topic.split("/")
+        chosen = "-".join(levels[at] for at in self._wild) if self._wild else levels[-1]
+        return _UNUSUAL.sub("-", chosen)[:64] or "sensor"
+
+    def request(self, admission: Admission, payload: bytes, name: str, received: float) -> InferenceRequest:
+        """Raises `InvalidRequest` and `UnknownModel`."""
+        section = self.section
+        if section.format == "raw":
+            return admission.from_bytes(
+                payload,
+                model=section.model,
+                options=self._options,
+                dtype=section.dtype,
+                scale=section.scale,
+                producer=name,
+                received=received,
+            )
+        values = _scaled(self._values(decode_json(payload)), section.scale)
+        document = {"inputs": values, **self._options}
+        return admission.from_document(document, model=section.model, producer=name, received=received)
+
+    def _values(self, decoded: Any) -> Any:
+        field = self.section.field
+        if field is not None:
+            if not isinstance(decoded, Mapping) or field not in decoded:
+                raise InvalidRequest(f"{field}: is missing from the reading", field=field)
+            return decoded[field]
+        if isinstance(decoded, Mapping):
+            if "inputs" not in decoded:
+                raise InvalidRequest("inputs: is missing; the reading must be an array or have inputs", field="inputs")
+            return decoded["inputs"]
+        return decoded
+
+
+def _scaled(values: Any, scale: float) -> Any:
+    """Numbers times `scale`. What are no numbers stays as it is, for admission to refuse by name."""
+    if scale == 1.0:
+        return values
+    if isinstance(values, Mapping):
+        return {key: _scaled(value, scale) for key, value in values.items()}
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError, OverflowError):
+        return values
+    return array.astype(np.float32) * np.float32(scale) if array.dtype.kind in "fiu" else values
