@@ -115,13 +115,14 @@ class Metrics:
         self._status = status
 
     def counters(self) -> dict[str, Any]:
-        """Totals since the start, for `/status`: what `docs/operations.md` calls `counters`."""
+        """Totals since the start, for `/status`. `answered` is `cached` and all of `by_tier`, where fallback is stale."""
         totals = {"computed": 0, "cached": 0, "stale": 0}
         by_tier: dict[str, int] = {}
         met = 0
         for (_, tier, _, status), answers in self._answers.items():
             totals[status] = totals.get(status, 0) + answers.count
-            by_tier[tier] = by_tier.get(tier, 0) + answers.count
+            if status != "cached":
+                by_tier[tier] = by_tier.get(tier, 0) + answers.count
             met += answers.met
         return {
             "requests": self._started,
