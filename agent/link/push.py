@@ -21,6 +21,7 @@ from agent.wire.frame import OVERHEAD
 from agent.wire.update import (
     ALLOW_LOWER_COUNTER,
     CHUNK_OVERHEAD,
+    CHUNK_UNIT,
     MANIFEST_FORMAT,
     ModelBegin,
     ModelChunk,
@@ -92,7 +93,7 @@ async def push_model(
     Raises `RemoteError` (refused, the text says why; the model that was active goes on), `TimeoutError`, `LinkError`,
     `ProtocolError`.
     """
-    chunk = min(session.hello.max_frame - OVERHEAD - CHUNK_OVERHEAD, 0xFFFF)
+    chunk = min(session.hello.max_frame - OVERHEAD - CHUNK_OVERHEAD, 0xFFFF) // CHUNK_UNIT * CHUNK_UNIT
     manifest = image.manifest(chunk)
     data = image.data
     for _ in range(ROUNDS):

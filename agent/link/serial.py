@@ -43,7 +43,9 @@ def _open(port: str, baud: int) -> serial.Serial:
     try:
         device = serial.Serial(port, baud, timeout=0, write_timeout=0, exclusive=True)
     except (serial.SerialException, OSError) as error:
-        raise _explained(port, error.errno, error) from None
+        cause = error.__context__  # where pyserial leaves the number when configuring fails
+        code = cause.args[0] if isinstance(cause, termios.error) else error.errno
+        raise _explained(port, code, error) from None
     except (ValueError, termios.error) as error:
         raise LinkError(f"{port}: cannot be configured: {error}", permanent=True) from None
     # Without this an FTDI adapter holds received bytes back for 16 ms. Other drivers, and ptys, have no such flag.

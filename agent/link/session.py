@@ -84,6 +84,11 @@ class Session:
         return self._hello
 
     @property
+    def error(self) -> LinkError | None:
+        """The first fatal error; None while the session is of use."""
+        return self._error
+
+    @property
     def open_requests(self) -> int:
         """Places of the window that are taken or waited for."""
         return self._window.used + self._window.waiting
@@ -132,7 +137,7 @@ class Session:
             raise ProtocolError(f"{self._transport.name}: PONG carries other bytes than its PING")
         if pong.t_tx < self._mcu_us:
             # The MCU's clock went back: it was reset, and the HELLO that says so was lost.
-            self._greetagain()
+            self._greet_again()
         self._mcu_us = pong.t_tx
         offset_s = (pong.t_rx / 1e6 - reply.sent_at + pong.t_tx / 1e6 - reply.received_at) / 2
         return Pinged(reply.round_trip_s, offset_s, (pong.t_tx - pong.t_rx) / 1e6)
@@ -243,15 +248,13 @@ class Session:
     def _end(self, call: Call) -> None:
         del self._calls[call.id]
         call.discard()
-        if not call.windowed:
-            return
-        if call.settled:
+        if call.windowed and call.settled:
             self._window.leave()
-            return
-        # The MCU may still hold it: its place is free when the late answer comes, or none is to be expected any more.
-        self.counters.cancels += 1
-        self._abandoned[call.id] = self._loop.call_later(LINGER_S, self._release, call.id)
-        self._send(Cancel.TYPE, 0, call.id, b"")
+        elif call.windowed:
+            # The MCU may still hold it: its place is free when the late answer comes, or none is to be expected.
+            self.counters.cancels += 1
+            self._abandoned[call.id] = self._loop.call_later(LINGER_S, self._release, call.id)
+            self._send(Cancel.TYPE, 0, call.id, b"")
 
     def _release(self, id_: int) -> None:
         self._abandoned.pop(id_).cancel()
@@ -277,17 +280,15 @@ class Session:
             return f"{name}: no HELLO, only {damaged} damaged frames: is the baud rate right?"
         return f"{name}: no HELLO: is there a microcontroller with our firmware?"
 
-    def _greetagain(self) -> None:
+    def _greet_again(self) -> None:
         if self._greeting is None or self._greeting.done():
             self._greeting = self._loop.create_task(self._regreet())
 
     async def _regreet(self) -> None:
         try:
             await self._greet(self._clock.monotonic() + REGREETING_S)
-        except LinkError as error:
-            self._fail(error)
-        except ProtocolError as error:
-            self._fail(LinkError(f"{self._transport.name}: {error}"))
+        except (LinkError, ProtocolError) as error:
+            self._fail(error if isinstance(error, LinkError) else LinkError(f"{self._transport.name}: {error}"))
 
     def _send(self, type_: int, flags: int, id_: int, body: bytes) -> int:
         """Returns bytes written; 0 if there is no room for all of them, or the line is lost."""
@@ -353,7 +354,7 @@ class Session:
             self.counters.resets += 1
             self._rebooted.set()
             if id_ == 0:
-                self._greetagain()
+                self._greet_again()
 
     def _forget(self, error: LinkError) -> None:
         """The MCU holds nothing of ours any more."""

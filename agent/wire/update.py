@@ -16,6 +16,8 @@ ALLOW_LOWER_COUNTER: Final = 1
 """MODEL_BEGIN flag."""
 CHUNK_OVERHEAD: Final = 4
 """Bytes of a MODEL_CHUNK body before its data."""
+CHUNK_UNIT: Final = 16
+"""Chunks are a multiple of this, so that no two share a flash word."""
 BITMAP_BYTES: Final = 32
 SIGNATURE_BYTES: Final = 64
 

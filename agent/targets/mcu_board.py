@@ -1,0 +1,257 @@
+"""One serial port and the microcontroller behind it: kept open, watched, and opened again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from enum import StrEnum
+from typing import Any, Final
+
+from agent.core.clock import Clock
+from agent.core.errors import EdgeAgentError, LinkError, ProtocolError
+from agent.link.backoff import Backoff
+from agent.link.calls import RemoteError
+from agent.link.session import Session
+from agent.link.transport import Transport
+from agent.registry.catalog import Catalog, Variant
+from agent.wire.codes import Capability, LogLevel, name_of
+from agent.wire.messages import Hello, Log
+
+log = logging.getLogger(__name__)
+
+Connect = Callable[[str, int], Awaitable[Transport]]
+
+OPEN_TIMEOUT_S: Final = 5.0
+"""For the first HELLO: opening the port resets many boards, and their boot loaders wait for about 2 s."""
+RECONNECT_INITIAL_S: Final = 0.1
+"""First wait after a lost port: a re-enumerating USB device is back within a few tenths of a second."""
+RECONNECT_MAX_S: Final = 5.0
+"""Longest wait: a board that was plugged in again is found within this, and looking for it costs one open()."""
+STABLE_S: Final = 10.0
+"""A line that lived this long begins its back-off anew; one that flaps does not."""
+PING_TIMEOUT_S: Final = 1.0
+"""A healthy MCU answers once its current run is over: 43 ms for keyword spotting on a Cortex-M4."""
+PING_FAILURES: Final = 2
+"""Unanswered PINGs in a row that mean the board is gone: one may fall to line noise."""
+LOG_LEVELS: Final[Mapping[int, int]] = {
+    LogLevel.DEBUG: logging.DEBUG,
+    LogLevel.INFO: logging.INFO,
+    LogLevel.WARNING: logging.WARNING,
+    LogLevel.ERROR: logging.ERROR,
+}
+
+
+class BoardState(StrEnum):
+    """Where the supervision of a port stands."""
+
+    STOPPED = "stopped"
+    CONNECTING = "connecting"
+    CONNECTED = "connected"
+    WAITING = "waiting"
+    """For the next try to open the port."""
+
+
+class Board:
+    """Supervises one port."""
+
+    def __init__(
+        self,
+        port: str,
+        baud: int,
+        *,
+        catalog: Catalog,
+        clock: Clock,
+        connect: Connect,
+        max_concurrent: int,
+        health_check_interval: float,
+        random: Callable[[], float],
+    ) -> None:
+        self.port = port
+        self.in_flight = 0
+        self._variant: Variant | None = None
+        self._reason = f"{port}: not started"
+        self._baud = baud
+        self._catalog = catalog
+        self._clock = clock
+        self._connect = connect
+        self._max_concurrent = max_concurrent
+        self._health_check_interval = health_check_interval
+        self._backoff = Backoff(RECONNECT_INITIAL_S, RECONNECT_MAX_S, random)
+        self._session: Session | None = None
+        self._hello: Hello | None = None
+        self._state = BoardState.STOPPED
+        self._since = clock.wall()
+        self._connects = 0
+        self._task: asyncio.Task[None] | None = None
+        self._round_trip_s: float | None = None
+        self._clock_offset_s: float | None = None
+        self._mcu_counters: Mapping[str, int] = {}
+        self._refreshing: asyncio.Task[None] | None = None
+
+    @property
+    def variant(self) -> Variant | None:
+        """The catalogue's variant that INFER runs there; None while it cannot be asked."""
+        return self._variant if self._session is not None and self._session.error is None else None
+
+    @property
+    def reason(self) -> str:
+        """Why it cannot be asked; empty when it can."""
+        lost = self._session.error if self._session is not None else None
+        return str(lost) if lost is not None else self._reason
+
+    @property
+    def session(self) -> Session:
+        """Only while `variant` is not None."""
+        assert self._session is not None, f"{self.port} is not connected"
+        return self._session
+
+    @property
+    def provider(self) -> str:
+        """What runs there: `host tflite-micro 1.0`."""
+        return f"{self._hello.board} {self._hello.engine}" if self._hello is not None else ""
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._supervise(), name=f"mcu {self.port}")
+
+    async def stop(self) -> None:
+        for task in (self._task, self._refreshing):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
+        self._task = self._refreshing = None
+        self._enter(BoardState.STOPPED, f"{self.port}: stopped")
+
+    def refresh(self) -> None:
+        """Ask for HELLO in the background: the board runs another model than we thought."""
+        if self._session is not None and (self._refreshing is None or self._refreshing.done()):
+            self._refreshing = asyncio.create_task(self._refresh(self._session))
+
+    def status(self) -> dict[str, Any]:
+        """Plain JSON types; times in milliseconds."""
+        hello, session = self._hello, self._session
+        active = hello.active if hello is not None else None
+        return {
+            "port": self.port,
+            "state": self._state.value,
+            "reason": self.reason,
+            "since": self._since,
+            "connects": self._connects,
+            "in_flight": self.in_flight,
+            "board": hello.board if hello is not None else None,
+            "build": hello.build if hello is not None else None,
+            "engine": hello.engine if hello is not None else None,
+            "reset_cause": name_of(hello.reset_cause).lower() if hello is not None else None,
+            "window": hello.window if hello is not None else None,
+            "model": self.variant.name if self.variant is not None else None,
+            "model_sha256": active.sha256.hex() if active is not None else None,
+            "round_trip_ms": None if self._round_trip_s is None else round(self._round_trip_s * 1e3, 3),
+            "clock_offset_ms": None if self._clock_offset_s is None else round(self._clock_offset_s * 1e3, 3),
+            "counters": session.status() if session is not None else {},
+            "mcu_counters": dict(self._mcu_counters),
+        }
+
+    async def _supervise(self) -> None:
+        while True:
+            self._enter(BoardState.CONNECTING, self._reason if self._backoff.failures else f"{self.port}: connecting")
+            began = self._clock.monotonic()
+            try:
+                error = await self._converse()
+            except LinkError as lost:
+                error = lost
+            except ProtocolError as senseless:
+                error = LinkError(f"{self.port}: {senseless}")
+            if self._clock.monotonic() - began >= STABLE_S:
+                self._backoff.succeeded()
+            wait_s = self._backoff.failed(self._clock.monotonic(), permanent=error.permanent)
+            self._enter(BoardState.WAITING, str(error))
+            await asyncio.sleep(wait_s)
+
+    async def _converse(self) -> LinkError:
+        """One connection, from opening the port to its end."""
+        transport = await self._connect(self.port, self._baud)
+        session = Session(
+            transport,
+            self._clock,
+            max_in_flight=self._max_concurrent,
+            on_hello=self._on_hello,
+            on_log=self._on_log,
+        )
+        try:
+            await session.open(self._clock.monotonic() + OPEN_TIMEOUT_S)
+            self._session = session
+            self._connects += 1
+            self._enter(BoardState.CONNECTED, "")
+            self._adopt(session.hello)
+            return await self._watch(session)
+        finally:
+            self._session = self._hello = self._variant = None
+            self._round_trip_s = self._clock_offset_s = None
+            session.close()
+
+    async def _watch(self, session: Session) -> LinkError:
+        """Until the line is lost; PINGs while it is idle."""
+        lost = asyncio.create_task(session.wait_lost())
+        failures = 0 if await self._healthy(session) else 1
+        try:
+            while True:
+                done, _ = await asyncio.wait([lost], timeout=self._health_check_interval)
+                if done:
+                    return lost.result()
+                idle_s = self._clock.monotonic() - session.last_received
+                if idle_s < self._health_check_interval:
+                    failures = 0
+                    continue
+                failures = 0 if await self._healthy(session) else failures + 1
+                if failures >= PING_FAILURES:
+                    return LinkError(f"{self.port}: no answer to {failures} PINGs")
+        finally:
+            lost.cancel()
+
+    async def _healthy(self, session: Session) -> bool:
+        try:
+            pinged = await session.ping(b"", self._clock.monotonic() + PING_TIMEOUT_S)
+            self._round_trip_s, self._clock_offset_s = pinged.round_trip_s, pinged.offset_s
+            self._mcu_counters = (await session.stats(self._clock.monotonic() + PING_TIMEOUT_S)).by_name()
+        except (TimeoutError, EdgeAgentError) as error:
+            log.warning("%s: health check failed: %s", self.port, error)
+            return False
+        return True
+
+    async def _refresh(self, session: Session) -> None:
+        try:
+            await session.refresh(self._clock.monotonic() + PING_TIMEOUT_S)
+        except (LinkError, ProtocolError, RemoteError) as error:
+            log.warning("%s: HELLO was not answered: %s", self.port, error)
+
+    def _on_hello(self, hello: Hello) -> None:
+        if self._session is not None:
+            self._adopt(hello)
+
+    def _adopt(self, hello: Hello) -> None:
+        self._hello = hello
+        self._variant, self._reason = self._usable(hello)
+        log.info("%s: %s %s, %s: %s", self.port, hello.board, hello.build, hello.engine, self._reason or "ready")
+
+    def _usable(self, hello: Hello) -> tuple[Variant | None, str]:
+        """What the board runs, or why it is of no use."""
+        active = hello.active
+        if not hello.capabilities & Capability.ENGINE:
+            return None, f"{self.port}: its firmware was built without an engine"
+        if active is None:
+            return None, f"{self.port}: no model is active: push one with edge-agent mcu push"
+        variant = self._catalog.by_sha256(active.sha256.hex())
+        if variant is None:
+            return None, f"{self.port}: its model {active.sha256.hex()[:12]} is not in the catalogue"
+        return variant, ""
+
+    def _on_log(self, line: Log) -> None:
+        log.log(LOG_LEVELS.get(line.level, logging.INFO), "%s: %s", self.port, line.text)
+
+    def _enter(self, state: BoardState, reason: str) -> None:
+        if state is not self._state:
+            self._state = state
+            self._since = self._clock.wall()
+        if reason and reason != self._reason:
+            log.info("%s", reason)
+        self._reason = reason
