@@ -1,0 +1,253 @@
+"""The only wiring: builds every part of the daemon, starts them in order, and stops them in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from agent import __version__
+from agent.config import Config
+from agent.config_load import load_config
+from agent.core.clock import Clock, SystemClock
+from agent.core.errors import ConfigError, InferenceError, LinkError
+from agent.core.types import InferenceRequest, InferenceResult
+from agent.ingress.http import create_app
+from agent.ingress.http_server import HttpServer
+from agent.ingress.mqtt import MqttDoor
+from agent.pipeline import Pipeline
+from agent.registry.catalog import Catalog, load_catalog
+from agent.registry.locate import catalog_path
+from agent.routing.admission import Admission
+from agent.routing.router import Router
+from agent.runtimes.base import RuntimeUnavailable
+from agent.sdnotify import Notifier
+from agent.store.cache import ResultCache
+from agent.supervisor import Component, ComponentState, Supervisor
+from agent.targets.base import Target
+from agent.telemetry import events
+from agent.telemetry.load import LoadSampler
+from agent.telemetry.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+"""How often the loop shows that it turns; its lateness is exported as loop lag."""
+STALL_S = 10.0
+"""A supervised task that has not gone round its loop for this long keeps the watchdog from being fed."""
+HTTP_STOP_S = 2.0
+
+
+def build_targets(config: Config, catalog: Catalog, clock: Clock) -> list[Target]:
+    """Every configured tier. A new tier is one file in `targets/` and one line here.
+
+    Imports happen here because a tier that is not configured need not take memory.
+    """
+    sizes = config.routing.model_size_thresholds
+    targets: list[Target] = []
+    if config.edge_mcu.enabled and config.edge_mcu.ports:
+        from agent.targets.mcu import McuTarget
+
+        targets.append(McuTarget(config.edge_mcu, catalog, clock, max_bytes=sizes.edge_mcu * 1e6))
+    if config.edge_gpu.enabled:
+        from agent.targets.gateway import GatewayTarget
+
+        targets.append(GatewayTarget(config.edge_gpu, catalog, clock, max_bytes=sizes.edge_gpu * 1e6))
+    for lane in config.cloud.lanes:
+        from agent.targets.cloud import CloudLane
+
+        targets.append(CloudLane(lane, config.gateway.id, catalog, clock, max_bytes=sizes.cloud * 1e6))
+    return targets
+
+
+class App:
+    """The daemon. `ingress.base.Core` for its doors."""
+
+    def __init__(self, config: Config, catalog: Catalog, clock: Clock) -> None:
+        self._config = config
+        self._clock = clock
+        self._started = clock.monotonic()
+        self.metrics = Metrics()
+        self.supervisor = Supervisor(clock)
+        self.load = LoadSampler()
+        self.targets = build_targets(config, catalog, clock)
+        self.router = Router(self.targets, config.routing, clock)
+        self.cache = ResultCache(config.fallback, config.gateway.state_dir / "cache.sqlite", catalog, clock)
+        self.pipeline = Pipeline(catalog, self.router, self.cache, self.metrics, clock, config.routing)
+        slowest_ms = max((lane.timeout_ms for lane in config.cloud.lanes), default=config.edge_gpu.timeout_ms)
+        self.admission = Admission(catalog, config.routing, clock, slowest_ms / 1e3)
+        self.http = HttpServer(create_app(self, self.metrics, config.http, self.recent), config.http)
+        self.mqtt = self._mqtt_door() if config.mqtt.enabled else None
+        self.metrics.watch(self.status)
+        self._lag_s = 0.0
+        self._stopping = asyncio.Event()
+
+    def _mqtt_door(self) -> MqttDoor:
+        config = self._config
+        return MqttDoor(
+            self,
+            config.mqtt,
+            config.sensors,
+            config.gateway.id,
+            self.metrics,
+            self._clock,
+            status_interval_s=config.monitoring.status_interval_s,
+        )
+
+    # What the doors need: ingress.base.Core.
+
+    async def infer(self, request: InferenceRequest) -> InferenceResult:
+        return await self.pipeline.infer(request)
+
+    def ready(self) -> tuple[bool, str]:
+        if self._stopping.is_set():
+            return False, "stopping"
+        for target in self.targets:
+            if target.availability().available:
+                return True, ""
+        return False, "no target can be asked"
+
+    def status(self) -> Mapping[str, Any]:
+        ready, reason = self.ready()
+        targets = self.router.status()
+        return {
+            "gateway": self._config.gateway.id,
+            "version": __version__,
+            "uptime_s": round(self._clock.monotonic() - self._started, 3),
+            "ready": ready,
+            "reason": reason,
+            "targets": targets,
+            "cache": self.cache.stats(),
+            "counters": self.metrics.counters(),
+            "doors": {
+                "http": self.http.status() if self._config.http.enabled else None,
+                "mqtt": self.mqtt.status() if self.mqtt else None,
+            },
+            "components": [*self.supervisor.status(), *_target_components(targets)],
+            "load": {**self.load.latest, "loop_lag_ms": round(self._lag_s * 1e3, 3)},
+        }
+
+    def recent(self) -> list[dict[str, Any]]:
+        """The last answers and refusals, newest first."""
+        return [_recent(at, outcome) for at, outcome in reversed(self.pipeline.recent)]
+
+    # Life.
+
+    async def start(self) -> None:
+        """Open the store, connect the targets, then open the doors. Raises `ConfigError` if that is impossible."""
+        self.cache.open()
+        try:
+            await asyncio.gather(*(target.start() for target in self.targets))
+        except RuntimeUnavailable as error:
+            raise ConfigError([f"edge_gpu: {error}"]) from None
+        self.supervisor.spawn("load", self._sample_load, stall_s=STALL_S + self._config.monitoring.sample_interval_s)
+        self.supervisor.spawn("loop", self._heartbeat, stall_s=STALL_S)
+        if self._config.http.enabled:
+            port = await self.http.start()
+            log.info("http door open", extra={"host": self._config.http.host, "port": port})
+        if self.mqtt:
+            await self.mqtt.start()
+
+    async def stop(self) -> None:
+        """Doors first, then what is in flight, then the targets, then the store."""
+        self._stopping.set()
+        if self.mqtt:
+            await self.mqtt.close_door()
+        if not await self.pipeline.drained(self._config.gateway.drain_timeout_s):
+            log.warning("stopped with requests in flight", extra={"in_flight": self.pipeline.in_flight})
+        if self._config.http.enabled:
+            await self.http.stop(HTTP_STOP_S)
+        if self.mqtt:
+            await self.mqtt.stop()
+        await self.supervisor.stop()
+        await asyncio.gather(*(target.stop() for target in self.targets))
+        await asyncio.to_thread(self.cache.close)
+
+    async def _sample_load(self, component: Component) -> None:
+        while True:
+            self.load.sample()
+            component.set(ComponentState.UP)
+            await asyncio.sleep(self._config.monitoring.sample_interval_s)
+
+    async def _heartbeat(self, component: Component) -> None:
+        """Turns with the loop and measures how late it does."""
+        while True:
+            due = self._clock.monotonic() + HEARTBEAT_S
+            await asyncio.sleep(HEARTBEAT_S)
+            self._lag_s = max(0.0, self._clock.monotonic() - due)
+            component.set(ComponentState.UP)
+
+
+def run(path: Path | None) -> int:
+    """Load the configuration, run until SIGTERM or SIGINT. Returns the exit code."""
+    config = load_config(path)
+    catalog = load_catalog(catalog_path(config.models.catalog))
+    handler = events.setup(config.monitoring.log_level, config.monitoring.log_format)
+    try:
+        return _loop_runner()(_serve(config, catalog))
+    finally:
+        handler.close()
+
+
+async def _serve(config: Config, catalog: Catalog) -> int:
+    notifier = Notifier()
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    app = App(config, catalog, SystemClock())
+    try:
+        await app.start()
+    except (ConfigError, LinkError) as error:
+        log.error("cannot start", extra={"reason": str(error)})
+        await app.stop()
+        return 2 if isinstance(error, ConfigError) else 1
+    if notifier.watchdog_s:
+        app.supervisor.spawn("watchdog", lambda component: _feed(notifier, app, component))
+    notifier.ready("serving")
+    log.info("ready", extra={"gateway": config.gateway.id, "targets": [target.traits.name for target in app.targets]})
+    await stop.wait()
+    notifier.stopping("draining")
+    log.info("stopping")
+    await app.stop()
+    log.info("stopped")
+    return 0
+
+
+async def _feed(notifier: Notifier, app: App, component: Component) -> None:
+    """Feed systemd's watchdog while no supervised task is overdue."""
+    assert notifier.watchdog_s is not None
+    while True:
+        overdue = app.supervisor.overdue()
+        if overdue:
+            component.set(ComponentState.DEGRADED, f"not fed: {', '.join(overdue)} stalled")
+        else:
+            component.set(ComponentState.UP)
+            notifier.watchdog()
+        await asyncio.sleep(notifier.watchdog_s / 3)
+
+
+def _loop_runner() -> Callable[[Coroutine[Any, Any, int]], int]:
+    """uvloop where it is installed."""
+    try:
+        import uvloop
+    except ModuleNotFoundError:
+        return asyncio.run
+    runner: Callable[[Coroutine[Any, Any, int]], int] = uvloop.run
+    return runner
+
+
+def _target_components(targets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each target as a component."""
+    return [
+        {"name": target["name"], "state": "up" if target["available"] else "down", "reason": target["reason"]}
+        for target in targets
+    ]
+
+
+def _recent(at: float, outcome: InferenceResult | InferenceError) -> dict[str, Any]:
+    shown = outcome.to_dict(with_outputs=False) if isinstance(outcome, InferenceResult) else outcome.to_dict()
+    return {"at": at, **shown}
