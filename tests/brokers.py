@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import os
@@ -11,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -115,3 +116,23 @@ def running(broker: Broker) -> Iterator[Broker]:
         yield broker.start()
     finally:
         broker.kill()
+
+
+async def until(condition: Callable[[], object], within_s: float = 10.0, what: str = "") -> None:
+    """Return as soon as the condition holds; fail if that takes longer than `within_s`."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {within_s:g} s: {what or condition}")
+        await asyncio.sleep(0.002)
+
+
+class SilentServer:
+    """Accepts TCP connections and never says a word."""
+
+    def __init__(self) -> None:
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.url = f"mqtt://127.0.0.1:{self._server.getsockname()[1]}"
+
+    def close(self) -> None:
+        self._server.close()

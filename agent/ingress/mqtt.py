@@ -24,7 +24,7 @@ from agent.core.types import InferenceRequest
 from agent.ingress.base import Core
 from agent.ingress.payload import TooLarge, decode_json, read_options
 from agent.ingress.sensors import Sensor
-from agent.link.mqtt import LinkState, Message, MessageProperties, MqttLink, Will, link_options
+from agent.link.mqtt import LinkFull, LinkState, Message, MessageProperties, MqttLink, Will, link_options
 from agent.telemetry.metrics import Metrics
 from agent.wire.mqtt_properties import usable_topic
 
@@ -252,7 +252,10 @@ class MqttDoor:
         properties = MessageProperties(JSON, correlation_data=back.correlation, user=(("status", status),))
         try:
             payload = to_json(document, inf_nan_mode="null")
-            self.link.publish(back.topic, payload, qos=back.qos, properties=properties)
+            try:
+                self.link.publish(back.topic, payload, qos=back.qos, properties=properties)
+            except LinkFull:  # the broker's window for QoS 1 is full: better without an acknowledgement than late
+                self.link.publish(back.topic, payload, properties=properties)
         except (LinkError, ValueError) as error:
             self.counters.undelivered += 1
             log.warning("answer could not be delivered", extra={"topic": back.topic, "error": str(error)})

@@ -216,7 +216,10 @@ class CloudLane:
                 reply.set_exception(TargetUnavailable(f"the broker refused the request (reason {result:#04x})"))
 
         try:
-            self.link.publish(topic, payload, qos=1, properties=properties, acknowledged=acknowledged)
+            try:
+                self.link.publish(topic, payload, qos=1, properties=properties, acknowledged=acknowledged)
+            except LinkFull:  # mosquitto allows 20 at once: QoS 0 needs no place among them
+                self.link.publish(topic, payload, properties=properties)
         except LinkFull as error:
             raise TargetBusy(str(error)) from None
         except LinkError as error:
