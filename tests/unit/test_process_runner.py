@@ -1,0 +1,232 @@
+"""The runtime process: what is killed, stopped or crashing takes nothing else along."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agent.config import GpuSection
+from agent.core.clock import SystemClock
+from agent.core.errors import TargetError, TargetFailed, TargetTimeout, TargetUnavailable
+from agent.registry.catalog import Variant, load_catalog
+from agent.runtimes import channel, isolated
+from agent.runtimes.base import ModelFile, RuntimeUnavailable
+from agent.runtimes.isolated import ProcessEngine
+from agent.runtimes.litert import LiteRtRuntime
+from agent.runtimes.pool import RuntimePool
+from agent.runtimes.runners import RuntimeOptions
+
+ROOT = Path(__file__).resolve().parents[2]
+CATALOG = load_catalog(ROOT / "models" / "catalog.yaml")
+TFLITE, ONNX = (CATALOG.families["digits"].variants[name] for name in ("gateway-fp16", "cloud-fp32"))
+X = {"image": np.zeros((1, 8, 8, 1), np.float32)}
+SOON_S = 20.0
+"""For waits that end soon unless something is broken."""
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs Linux")
+
+
+def file_of(variant: Variant) -> ModelFile:
+    return ModelFile(CATALOG.path(variant), variant.format, variant.sha256)
+
+
+def in_s(seconds: float) -> float:
+    return SystemClock().monotonic() + seconds
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the event loop turn until the condition holds."""
+    async with asyncio.timeout(SOON_S):
+        while not condition():  # noqa: ASYNC110 - the states waited for are another process's
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+async def pool(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RuntimePool]:
+    monkeypatch.setattr(isolated, "BACKOFF_INITIAL_S", 0.01)
+    made = RuntimePool(GpuSection(isolation="process", timeout_ms=100), SystemClock(), max_queued=6)
+    await made.load(CATALOG.path(TFLITE), TFLITE.format, TFLITE.sha256)
+    yield made
+    await made.close()
+
+
+async def test_runs_equal_those_of_this_process(pool: RuntimePool) -> None:
+    await pool.load(CATALOG.path(ONNX), ONNX.format, ONNX.sha256)
+    here = LiteRtRuntime().load(CATALOG.path(TFLITE))
+    random = np.random.default_rng(4)
+    inputs = [random.uniform(0, 16, (1, 8, 8, 1)).astype(np.float32) for _ in range(8)]
+    outcomes = await asyncio.gather(*(pool.run(TFLITE.sha256, {"image": x}, in_s(SOON_S)) for x in inputs))
+    for x, outcome in zip(inputs, outcomes, strict=True):
+        name = TFLITE.outputs[0].name
+        np.testing.assert_array_equal(outcome.outputs[name], here.run({"image": x})[name])
+        assert outcome.provider == here.provider
+        assert outcome.queue_s >= 0 and outcome.compute_s > 0
+    assert (await pool.run(ONNX.sha256, X, in_s(SOON_S))).provider.startswith("onnxruntime ")
+    status = pool.status()
+    assert status["isolation"] == "process" and status["pid"] != os.getpid()
+    assert status["models"][TFLITE.sha256[:12]]["runs_in"] == "process"
+
+
+async def test_errors_of_the_model_cross_over(pool: RuntimePool) -> None:
+    with pytest.raises(TargetFailed, match="input 'image' is missing"):
+        await pool.run(TFLITE.sha256, {"other": X["image"]}, in_s(SOON_S))
+    with pytest.raises(ValueError, match="is not the recorded file"):
+        await pool.load(CATALOG.path(TFLITE), "tflite", "0" * 64)
+    await pool.run(TFLITE.sha256, X, in_s(SOON_S))
+
+
+async def test_killed_fails_at_once_and_comes_back(pool: RuntimePool) -> None:
+    pid = pool.status()["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    running = [asyncio.create_task(pool.run(TFLITE.sha256, X, in_s(SOON_S))) for _ in range(5)]
+    await until(lambda: pool.status()["in_flight"] == 5)
+    os.kill(pid, signal.SIGKILL)
+    async with asyncio.timeout(SOON_S / 2):
+        results = await asyncio.gather(*running, return_exceptions=True)
+    assert [type(result) for result in results] == [TargetUnavailable] * 5
+    assert f"process {pid} died" in pool.problem()
+    with pytest.raises(TargetUnavailable):
+        await pool.run(TFLITE.sha256, X, in_s(SOON_S))
+    await until(lambda: not pool.problem())
+    await pool.run(TFLITE.sha256, X, in_s(SOON_S))
+    assert pool.status()["pid"] != pid
+    assert pool.status()["restarts"] == 1
+
+
+async def test_stopped_times_out_is_reported_and_replaced(pool: RuntimePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pid = pool.status()["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    begun = in_s(0)
+    with pytest.raises(TargetTimeout):
+        await pool.run(TFLITE.sha256, X, in_s(0.15))
+    assert in_s(0) - begun < isolated.HANG_MIN_S, "the caller waited for its deadline, not for the child"
+    assert f"runtime hangs: no answer from its process {pid}" in pool.problem()
+    fd = os.pidfd_open(pid)
+    await until(lambda: pool.status()["restarts"] == 1 and not pool.problem())
+    assert select.select([fd], [], [], SOON_S)[0], "the hung process was killed"
+    os.close(fd)
+    await pool.run(TFLITE.sha256, X, in_s(SOON_S))
+
+
+async def test_a_short_stop_needs_no_restart(pool: RuntimePool) -> None:
+    pid = pool.status()["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(TargetTimeout):
+        await pool.run(TFLITE.sha256, X, in_s(0.12))
+    os.kill(pid, signal.SIGCONT)
+    await until(lambda: not pool.problem())
+    await pool.run(TFLITE.sha256, X, in_s(SOON_S))
+    assert pool.status()["pid"] == pid
+
+
+async def test_a_model_that_takes_the_process_down_is_refused(tmp_path: Path) -> None:
+    """A file that nobody writes to holds the load up long enough to be killed in the middle of it."""
+    fifo = tmp_path / "crash.tflite"
+    os.mkfifo(fifo)
+    engine = ProcessEngine(RuntimeOptions(), 1, 0.1, SystemClock())
+    await engine.load(file_of(TFLITE))
+    loading = asyncio.create_task(engine.load(ModelFile(fifo, "tflite", "0" * 64)))
+    await until(lambda: engine.in_flight == 1)
+    os.kill(engine.status()["pid"], signal.SIGKILL)
+    with pytest.raises(ValueError, match=r"crash\.tflite takes the runtime down: .* died"):
+        await loading
+    await until(lambda: not engine.problem())
+    assert (await engine.submit(TFLITE.sha256, X).outcome(SOON_S)).outputs
+    await engine.close()
+
+
+async def test_a_model_that_is_gone_at_the_restart_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolated, "BACKOFF_INITIAL_S", 0.01)
+    copy = tmp_path / "copy.onnx"
+    copy.write_bytes(CATALOG.path(ONNX).read_bytes())
+    engine = ProcessEngine(RuntimeOptions(), 1, 0.1, SystemClock())
+    await engine.load(ModelFile(copy, "onnx", ONNX.sha256))
+    await engine.load(file_of(TFLITE))
+    copy.unlink()
+    os.kill(engine.status()["pid"], signal.SIGKILL)
+    await until(lambda: bool(engine.problem()))
+    await until(lambda: not engine.problem())
+    with pytest.raises(TargetUnavailable, match="does not have this model"):
+        engine.submit(ONNX.sha256, X)
+    assert (await engine.submit(TFLITE.sha256, X).outcome(SOON_S)).outputs
+    await engine.close()
+
+
+async def test_close_ends_the_process_and_what_waits(pool: RuntimePool) -> None:
+    pid = pool.status()["pid"]
+    fd = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGSTOP)
+    waiting = asyncio.create_task(pool.run(TFLITE.sha256, X, in_s(SOON_S)))
+    await until(lambda: pool.status()["in_flight"] == 1)
+    os.kill(pid, signal.SIGCONT)
+    await pool.close()
+    assert select.select([fd], [], [], SOON_S)[0]
+    os.close(fd)
+    outcome = (await asyncio.gather(waiting, return_exceptions=True))[0]
+    assert not isinstance(outcome, BaseException) or isinstance(outcome, TargetError)
+
+
+async def test_a_process_that_cannot_be_started_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    engine = ProcessEngine(RuntimeOptions(), 1, 0.1, SystemClock())
+    with pytest.raises(RuntimeUnavailable, match="cannot be started"):
+        await engine.load(file_of(TFLITE))
+    assert "has not been started" in engine.problem()
+    await engine.close()
+
+
+def test_it_dies_with_its_parent_even_while_stopped() -> None:
+    program = (
+        "import asyncio, sys\n"
+        "from agent.core.clock import SystemClock\n"
+        "from agent.runtimes.base import ModelFile\n"
+        "from agent.runtimes.isolated import ProcessEngine\n"
+        "from agent.runtimes.runners import RuntimeOptions\n"
+        "from pathlib import Path\n"
+        "async def main():\n"
+        "    engine = ProcessEngine(RuntimeOptions(), 1, 1.0, SystemClock())\n"
+        "    await engine.load(ModelFile(Path(sys.argv[1]), 'tflite', sys.argv[2]))\n"
+        "    print(engine.status()['pid'], flush=True)\n"
+        "    await asyncio.Event().wait()\n"
+        "asyncio.run(main())\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(CATALOG.path(TFLITE)), TFLITE.sha256],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        fd = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGSTOP)
+        parent.kill()
+    assert select.select([fd], [], [], SOON_S)[0]
+    os.close(fd)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "int64"])
+def test_messages_come_through_whole(dtype: str) -> None:
+    tensors = {"a": np.arange(6).reshape(1, 2, 3).astype(dtype), "b": np.zeros((0, 4), dtype), "c": np.array(5, dtype)}
+    message = channel.encode({"run": "x", "n": 1.5}, tensors)
+    assert channel.size(message) == len(message)
+    header, decoded = channel.decode(message)
+    assert header == {"run": "x", "n": 1.5}
+    for name, value in tensors.items():
+        assert decoded[name].dtype == value.dtype
+        np.testing.assert_array_equal(decoded[name], value)
+
+
+@pytest.mark.parametrize("start", [b"\x00" * 8, b"\xff" * 8])
+def test_a_stream_out_of_step_is_noticed(start: bytes) -> None:
+    with pytest.raises(ValueError, match="a message of"):
+        channel.size(start)
