@@ -248,10 +248,16 @@ class Board:
         if answer.code:
             return answer
         status = Status.parse(answer.body)
-        for offset in range(status.next, status.length, status.chunk):
-            answer = self.ask("MODEL_CHUNK", struct.pack("<I", offset) + image.data[offset : offset + status.chunk])
+        sent = 0
+        # `next` may go back: a block that a power cut left half written is erased, with the chunks in it.
+        while status.next < status.length:
+            assert sent < 3 * status.length, "the transfer does not end"
+            part = image.data[status.next : status.next + status.chunk]
+            sent += len(part)
+            answer = self.ask("MODEL_CHUNK", struct.pack("<I", status.next) + part)
             if answer.code:
                 return answer
+            status = Status.parse(answer.body)
         return self.ask("MODEL_COMMIT")
 
 
