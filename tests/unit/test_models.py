@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import yaml
+from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -155,6 +156,14 @@ def test_tensors_are_those_recorded(family: dict[str, Any], variant: dict[str, A
         assert details["shape"].tolist() == tensor["shape"]
         assert np.dtype(details["dtype"]).name == tensor["dtype"]
         assert details["quantization"] == (tensor.get("scale", 0.0), tensor.get("zero_point", 0))
+
+
+@pytest.mark.parametrize(("family", "variant"), MCU_VARIANTS)
+def test_operators_are_those_recorded(family: dict[str, Any], variant: dict[str, Any]) -> None:
+    data = (MODELS / variant["path"]).read_bytes()
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(data, 0))
+    codes = {code: name for name, code in vars(schema.BuiltinOperator).items() if name.isupper()}
+    assert {codes[entry.builtinCode] for entry in model.operatorCodes} == set(variant["operators"])
 
 
 def test_larger_digit_models_are_more_accurate() -> None:
