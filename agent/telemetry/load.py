@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-_GPU_LOAD_PER_MILLE = ("devices/gpu.0/load", "devices/platform/*/gpu*/load", "devices/platform/gpu*/load")
+_GPU_LOAD_PER_MILLE = ("devices/gpu.0/load", "devices/platform/*gpu*/load", "devices/platform/*/*gpu*/load")
 """Jetson's boards, by age of their kernel: 0 to 1000."""
 _GPU_DEVFREQ = ("*gpu*/device/load", "*ga10b*/device/load", "*gv11b*/device/load", "*gp10b*/device/load")
 """The same where only `/sys/class/devfreq` names the device; the letters are Tegra GPU generations."""
