@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, cast
 from urllib.parse import parse_qsl
 
@@ -24,7 +24,7 @@ from agent import __version__
 from agent.config import HttpSection
 from agent.core.clock import Clock, SystemClock
 from agent.core.errors import InferenceError, InvalidRequest, Overloaded
-from agent.core.types import InferenceRequest, InferenceResult
+from agent.core.types import InferenceRequest
 from agent.ingress import http_models, http_pages
 from agent.ingress.base import Core
 from agent.telemetry.metrics import CONTENT_TYPE, Metrics
@@ -281,17 +281,6 @@ def json_response(document: Any, status: int = 200, headers: Mapping[str, str] |
     """JSON as the standard has it: NaN and infinities become null."""
     body = to_json(document, inf_nan_mode="null", fallback=str)
     return Response(body, status, headers, "application/json")
-
-
-def recent_documents(entries: Iterable[tuple[float, InferenceResult | InferenceError]]) -> list[dict[str, Any]]:
-    """What `/recent` shows of (Unix time, outcome) pairs in the order of their time."""
-    return [
-        {
-            "at": round(at, 3),
-            **(outcome.to_dict() if isinstance(outcome, InferenceError) else outcome.to_dict(with_outputs=False)),
-        }
-        for at, outcome in reversed(list(entries))
-    ]
 
 
 def refusal(error: InferenceError) -> Response:

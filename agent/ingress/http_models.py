@@ -18,6 +18,19 @@ Milliseconds = Annotated[float, Field(gt=0, le=3_600_000)]
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 
 
+_THREE = [
+    [0, 0, 7, 15, 13, 1, 0, 0],
+    [0, 8, 13, 6, 15, 4, 0, 0],
+    [0, 2, 1, 13, 13, 0, 0, 0],
+    [0, 0, 2, 15, 11, 1, 0, 0],
+    [0, 0, 0, 1, 12, 12, 1, 0],
+    [0, 0, 0, 0, 1, 10, 8, 0],
+    [0, 0, 8, 4, 5, 14, 9, 0],
+    [0, 0, 7, 13, 13, 9, 0, 0],
+]
+"""A handwritten digit: 8 x 8 pixels of 0 to 16."""
+
+
 class _Documented(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -53,9 +66,7 @@ class InferDocument(_Documented):
     metadata: Annotated[dict[str, str], Field(max_length=16)] = {}
 
     model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"model": "digits", "inputs": [[0, 0, 5, 13, 9, 1, 0, 0]], "deadline_ms": 50, "priority": 7}]
-        }
+        json_schema_extra={"examples": [{"model": "digits", "inputs": [_THREE], "deadline_ms": 50, "priority": 7}]}
     )
 
 
@@ -242,15 +253,7 @@ def infer_operation() -> dict[str, Any]:
         ("scale", {"type": "number", "default": 1}, "Values are multiplied by this."),
     ]
     parameters = [
-        {
-            "name": name,
-            "in": "query",
-            "description": f"For octet-stream. {text}".strip(),
-            "schema": {
-                key: value for key, value in schema.items() if key not in ("$ref", "description", "anyOf", "title")
-            }
-            or {"type": "string"},
-        }
+        {"name": name, "in": "query", "description": f"For octet-stream. {text}".strip(), "schema": _inline(schema)}
         for name, schema, text in query
     ]
     outputs = {"name": "outputs", "in": "query", "description": "false: leave the output tensors out of the answer."}
@@ -272,6 +275,14 @@ def infer_operation() -> dict[str, Any]:
             **{str(status): _json(RefusalDocument, text) for status, text in REFUSALS.items()},
         },
     }
+
+
+def _inline(schema: Any) -> dict[str, Any]:
+    """The schema of a parameter: what a key of the document takes when it is not null."""
+    options = [option for option in schema.get("anyOf", (schema,)) if option.get("type") != "null"]
+    if "$ref" in options[0]:
+        return {"type": "string", "enum": [member.value for member in LatencyClass]}
+    return {key: value for key, value in options[0].items() if key not in ("description", "title")}
 
 
 def ready_operation() -> dict[str, Any]:

@@ -74,10 +74,12 @@ def _hashes(tag: str, html: str) -> str:
 
 
 _STYLE = """
-:root { color-scheme: light dark; --line: light-dark(#d5dae1, #303843); --soft: light-dark(#f3f5f8, #171c23);
-  --quiet: light-dark(#55606e, #9aa6b4); }
+:root { color-scheme: light dark; --line: #d5dae1; --soft: #f3f5f8; --quiet: #55606e; --page: #fff; --text: #161b22; }
+@media (prefers-color-scheme: dark) {
+  :root { --line: #303843; --soft: #171c23; --quiet: #9aa6b4; --page: #0f1318; --text: #e6eaf0; }
+}
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 60rem;
-  background: light-dark(#fff, #0f1318); color: light-dark(#161b22, #e6eaf0); }
+  background: var(--page); color: var(--text); }
 h1 { font-size: 1.6rem; margin: 0; } h2 { margin: 2.5rem 0 .25rem; font-size: 1.2rem; }
 h3 { font-size: 1rem; margin: 1.25rem 0 .25rem; }
 h2 code { font-size: 1.1rem; } p { margin: .25rem 0 .75rem; } .quiet { color: var(--quiet); }
@@ -154,9 +156,15 @@ def _schema(content: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
         )
     example = content.get("example", next(iter(schema.get("examples", [])), None))
     if example is not None:
-        text = example if isinstance(example, str) else json.dumps(example, indent=2)
+        text = example if isinstance(example, str) else _compact(example)
         html += f"<pre>{escape(text)}</pre>"
     return html
+
+
+def _compact(example: Any) -> str:
+    """Indented JSON whose arrays of numbers stay on one line."""
+    text = json.dumps(example, indent=2)
+    return re.sub(r"\[[\s\d.,e-]+\]", lambda match: " ".join(match.group().split()), text)
 
 
 def _type(schema: Mapping[str, Any]) -> str:
@@ -177,7 +185,11 @@ def _bodies(response: Mapping[str, Any]) -> str:
     )
 
 
+def _prose(text: str) -> str:
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
 def _table(head: tuple[str, ...], rows: Any) -> str:
-    cells = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
+    cells = "".join(f"<tr>{''.join(f'<td>{_prose(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
     names = "".join(f'<th scope="col">{name}</th>' for name in head)
     return f'<div class="scroll"><table><thead><tr>{names}</tr></thead><tbody>{cells}</tbody></table></div>'

@@ -30,7 +30,7 @@ BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0
 
 MAX_SERIES = 1024
 """Label combinations in any one table; further ones are counted as `other`."""
-MAX_READINGS = 128
+MAX_READINGS = 256
 """Numbers taken from one part of the status."""
 
 _OTHER = "other"
@@ -115,7 +115,7 @@ class Metrics:
         self._status = status
 
     def counters(self) -> dict[str, Any]:
-        """Totals since the start, for `/status`. `answered` is `cached` and all of `by_tier`, where fallback is stale."""
+        """Totals since the start, for `/status`: `answered` is `cached` plus all of `by_tier`."""
         totals = {"computed": 0, "cached": 0, "stale": 0}
         by_tier: dict[str, int] = {}
         met = 0
@@ -337,13 +337,19 @@ def _number(value: Any) -> tuple[float, ...]:
 
 
 def _numbers(section: Mapping[str, Any], prefix: str = "", depth: int = 0) -> list[tuple[str, float]]:
-    """Every number below `section` by its dotted path, at most `MAX_READINGS`, at most four levels down."""
+    """Every number below `section` by its dotted path, at most `MAX_READINGS`, at most five levels down. Items of a
+    list are named by their `port`."""
     found: list[tuple[str, float]] = []
     for key, value in section.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            if depth < 3:
+            if depth < 4:
                 found += _numbers(value, f"{name}.", depth + 1)
+        elif isinstance(value, list | tuple):
+            parts = {
+                str(part.get("port", index)): part for index, part in enumerate(value) if isinstance(part, Mapping)
+            }
+            found += _numbers({name: parts}, prefix="", depth=depth + 1) if parts else []
         else:
             found += [(name, number) for number in _number(value)]
         if len(found) >= MAX_READINGS:

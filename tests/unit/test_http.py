@@ -9,13 +9,17 @@ import pytest
 from fastapi import FastAPI
 from http_fakes import JSON, RAW, FakeCore, malformed
 
-from agent.config import HttpSection
+from agent.config import HttpSection, RoutingSection
+from agent.core.clock import SystemClock
 from agent.core.errors import DeadlineExceeded, InferenceError, Overloaded, Unavailable
 from agent.core.types import InferenceRequest, LatencyClass
 from agent.ingress import http as door
 from agent.ingress import http_models
 from agent.ingress.http import create_app
+from agent.registry.catalog import load_catalog
+from agent.registry.locate import catalog_path
 from agent.routing import admission as admission_module
+from agent.routing.admission import Admission
 from agent.telemetry.metrics import Metrics
 
 
@@ -255,6 +259,13 @@ async def test_the_document_says_what_is_true(client: httpx.AsyncClient) -> None
         assert isinstance(schema, dict)
         for example in schema["examples"]:  # type: ignore[union-attr]
             model.model_validate(example)
+
+
+def test_the_example_is_a_question_to_the_models_that_ship() -> None:
+    catalog = load_catalog(catalog_path(None))
+    example = http_models.InferDocument.model_json_schema()["examples"][0]
+    request = Admission(catalog, RoutingSection(), SystemClock(), 5.0).from_document(example)
+    assert request.model == "digits"
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])

@@ -141,7 +141,11 @@ def test_state_is_read_at_the_scrape() -> None:
                 "max_concurrent": 4,
                 "breaker": {"state": "half_open"},
                 "service_ms": {"p50": 12.5, "p95": None},
-                "detail": {"link": {"frames_sent": 7, "port": "/dev/ttyACM0"}, "window": 4},
+                "detail": {
+                    "ports": [{"port": "/dev/ttyACM0", "state": "up", "counters": {"frames_sent": 7}}, "odd"],
+                    "models": ["a", "b"],
+                    "window": 4,
+                },
             },
             "not a target",
         ],
@@ -156,7 +160,7 @@ def test_state_is_read_at_the_scrape() -> None:
     assert value(metrics, "breaker_state", target="mcu-0", state="open") == 0
     assert value(metrics, "target_service_seconds", target="mcu-0", quantile="0.5") == 0.0125
     assert value(metrics, "target_service_seconds", target="mcu-0", quantile="0.95") is None
-    assert value(metrics, "target_reading", target="mcu-0", reading="link.frames_sent") == 7
+    assert value(metrics, "target_reading", target="mcu-0", reading="ports./dev/ttyACM0.counters.frames_sent") == 7
     assert value(metrics, "load", reading="accelerator.busy_percent") == 80
     assert value(metrics, "component_up", component="broker") == 0
     state["targets"][0]["available"] = False
