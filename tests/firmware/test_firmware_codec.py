@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import random
+import subprocess
+import sys
 import zlib
 
 import pytest
-from board import VECTORS, line
+from board import ROOT, VECTORS, line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -94,3 +96,7 @@ def test_sha256_of_nist(message: bytes, digest: str) -> None:
 @given(st.binary(max_size=300))
 def test_sha256_is_hashlibs(data: bytes) -> None:
     assert library.sha256(data) == hashlib.sha256(data).digest()
+
+
+def test_vectors_are_what_their_script_writes() -> None:
+    subprocess.run([sys.executable, ROOT / "tests/vectors/make.py", "--check"], check=True)
