@@ -7,14 +7,17 @@ answer the same question: the same canonical input, the same labels.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from agent.core.documents import NotYaml, read_yaml
 from agent.core.errors import ConfigError, UnknownModel
 from agent.core.types import Complexity
 
@@ -27,7 +30,7 @@ MAX_CATALOG_BYTES = 1_000_000
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class FamilyTensor(_Strict):
@@ -59,6 +62,14 @@ class VariantTensor(_Strict):
     def _integers_are_quantised(self) -> Self:
         if self.dtype in ("int8", "uint8", "int16") and (self.scale is None or self.zero_point is None):
             raise ValueError(f"tensor {self.name!r} is {self.dtype} and needs scale and zero_point")
+        if (self.scale is None) != (self.zero_point is None):
+            raise ValueError(f"tensor {self.name!r}: scale and zero_point go together")
+        if self.zero_point is not None:
+            if self.dtype not in ("int8", "uint8", "int16", "int32"):
+                raise ValueError(f"tensor {self.name!r} is {self.dtype}: scale and zero_point are for small integers")
+            limits = np.iinfo(self.dtype)
+            if not limits.min <= self.zero_point <= limits.max:
+                raise ValueError(f"tensor {self.name!r}: zero_point {self.zero_point} is no {self.dtype}")
         return self
 
 
@@ -189,7 +200,8 @@ def load_catalog(path: Path, *, verify: bool = True) -> Catalog:
         for name, family in families.items():
             if isinstance(family, dict):
                 family["name"] = str(name)
-                for id_, variant in (family.get("variants") or {}).items():
+                variants = family.get("variants")
+                for id_, variant in variants.items() if isinstance(variants, dict) else ():
                     if isinstance(variant, dict):
                         variant["model"], variant["id"] = str(name), str(id_)
     raw["root"] = path.parent
@@ -199,8 +211,8 @@ def load_catalog(path: Path, *, verify: bool = True) -> Catalog:
         raise ConfigError(
             [f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         ) from None
-    problems = list(_inconsistencies(catalog))
-    if verify:
+    problems = _inconsistencies(catalog)
+    if verify and not problems:
         problems += _file_faults(catalog)
     if problems:
         raise ConfigError([f"{path}: {problem}" for problem in problems])
@@ -209,11 +221,11 @@ def load_catalog(path: Path, *, verify: bool = True) -> Catalog:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_CATALOG_BYTES:
-            raise ConfigError([f"{path}: larger than {MAX_CATALOG_BYTES} bytes"])
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError([f"{path}: cannot be read: {error}"]) from None
+        raw = read_yaml(path, MAX_CATALOG_BYTES)
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read: {error.strerror or error}"]) from None
+    except NotYaml as error:
+        raise ConfigError([f"{path}: cannot be read as YAML: {error}"]) from None
     if not isinstance(raw, dict):
         raise ConfigError([f"{path}: must be a mapping with the keys schema and families"])
     return raw
@@ -222,30 +234,50 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _inconsistencies(catalog: Catalog) -> list[str]:
     problems = []
     for family in catalog.families.values():
-        inputs = {tensor.name for tensor in family.inputs}
-        outputs = {tensor.name for tensor in family.outputs}
+        labels, scores = len(family.labels), _elements(family.outputs[0])
+        if labels != scores:
+            problems.append(f"families.{family.name}.labels: {labels} labels for an output of {scores} values")
+        problems += _unsafe(f"families.{family.name}.data.heldout", family.data.heldout)
         for variant in family.variants.values():
             at = f"families.{family.name}.variants.{variant.id}"
-            if {tensor.maps for tensor in variant.inputs} != inputs:
-                problems.append(f"{at}.inputs: must map each of {sorted(inputs)}")
-            if {tensor.maps for tensor in variant.outputs} != outputs:
-                problems.append(f"{at}.outputs: must map each of {sorted(outputs)}")
-            relative = Path(variant.path)
-            if relative.is_absolute() or ".." in relative.parts:
-                problems.append(f"{at}.path: must stay below the catalogue's folder, found {variant.path!r}")
+            problems += _mismatches(f"{at}.inputs", variant.inputs, family.inputs)
+            problems += _mismatches(f"{at}.outputs", variant.outputs, family.outputs)
+            problems += _unsafe(f"{at}.path", variant.path)
+            if variant.selftest is not None:
+                problems += _unsafe(f"{at}.selftest", variant.selftest)
     return problems
 
 
-def _file_faults(catalog: Catalog) -> list[str]:
-    problems = []
+def _elements(tensor: FamilyTensor | VariantTensor) -> int:
+    return math.prod(tensor.shape)
+
+
+def _mismatches(at: str, tensors: Sequence[VariantTensor], canonical: Sequence[FamilyTensor]) -> Iterator[str]:
+    sizes = {tensor.name: _elements(tensor) for tensor in canonical}
+    if sorted(tensor.maps for tensor in tensors) != sorted(sizes):
+        yield f"{at}: must map each of {sorted(sizes)} once"
+    for tensor in tensors:
+        if _elements(tensor) != sizes.get(tensor.maps, _elements(tensor)):
+            yield f"{at}: {tensor.name!r} holds {_elements(tensor)} values, {tensor.maps!r} has {sizes[tensor.maps]}"
+
+
+def _unsafe(at: str, path: str) -> Iterator[str]:
+    relative = Path(path)
+    if relative.is_absolute() or ".." in relative.parts or "\0" in path:
+        yield f"{at}: must stay below the catalogue's folder, found {path!r}"
+
+
+def _file_faults(catalog: Catalog) -> Iterator[str]:
     for family in catalog.families.values():
         for variant in family.variants.values():
             at = f"families.{family.name}.variants.{variant.id}"
             try:
-                data = catalog.path(variant).read_bytes()
+                with catalog.path(variant).open("rb") as file:
+                    size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
             except OSError as error:
-                problems.append(f"{at}.path: cannot be read: {error.strerror}: {variant.path}")
+                yield f"{at}.path: cannot be read: {error.strerror}: {variant.path}"
                 continue
-            if hashlib.sha256(data).hexdigest() != variant.sha256:
-                problems.append(f"{at}.sha256: the file {variant.path} is not the one recorded")
-    return problems
+            if digest != variant.sha256:
+                yield f"{at}.sha256: the file {variant.path} is not the one recorded"
+            elif size != variant.bytes:
+                yield f"{at}.bytes: the file {variant.path} has {size} bytes, {variant.bytes} are recorded"

@@ -4,6 +4,7 @@ specification, `real = scale * (quantised - zero_point)`, rounded half away from
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,8 +19,10 @@ def quantise(real: Tensor, spec: VariantTensor) -> Tensor:
     if spec.scale is None or spec.zero_point is None:
         return np.ascontiguousarray(real, dtype=spec.dtype).reshape(spec.shape)
     limits = np.iinfo(spec.dtype)
-    scaled = real.astype(np.float32) / np.float32(spec.scale)
-    rounded = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)) + np.float32(spec.zero_point)
+    with np.errstate(over="ignore"):
+        scaled = (real.astype(np.float32) / np.float32(spec.scale)).astype(np.float64)
+    # In double precision, where adding a half to a single-precision number is exact.
+    rounded = np.trunc(scaled + np.copysign(0.5, scaled)) + spec.zero_point
     stored: Tensor = np.clip(rounded, limits.min, limits.max).astype(spec.dtype).reshape(spec.shape)
     return stored
 
@@ -37,14 +40,20 @@ def to_variant(inputs: Tensors, variant: Variant) -> dict[str, Tensor]:
 
 
 def from_variant(outputs: Tensors, variant: Variant, family: Family) -> dict[str, Tensor]:
-    """The file's outputs by the file's names -> canonical outputs. Raises `TargetFailed` on a wrong shape."""
+    """The file's outputs by the file's names -> canonical outputs.
+
+    Raises `TargetFailed` on an output that is missing, of another size or dtype, or holds NaN or infinity.
+    """
     shapes = {tensor.name: tensor.shape for tensor in family.outputs}
     canonical = {}
     for spec in variant.outputs:
         value = outputs.get(spec.name)
-        if value is None or value.size != int(np.prod(shapes[spec.maps])):
+        if value is None or value.size != math.prod(shapes[spec.maps]) or value.dtype != spec.dtype:
             raise TargetFailed(f"{variant.name} returned no usable output {spec.name!r}")
-        canonical[spec.maps] = dequantise(value, spec).reshape(shapes[spec.maps])
+        real = dequantise(value, spec).reshape(shapes[spec.maps])
+        if not np.isfinite(real).all():
+            raise TargetFailed(f"{variant.name} returned NaN or infinity in {spec.name!r}")
+        canonical[spec.maps] = real
     return canonical
 
 
@@ -59,7 +68,7 @@ def unpack(data: bytes, specs: Sequence[VariantTensor]) -> dict[str, Tensor]:
     offset = 0
     for spec in specs:
         dtype = np.dtype(spec.dtype)
-        count = int(np.prod(spec.shape))
+        count = math.prod(spec.shape)
         end = offset + count * dtype.itemsize
         if end > len(data):
             break
