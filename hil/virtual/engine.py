@@ -75,8 +75,9 @@ class TflmEngine:
         if digest not in self._arena_used:
             self._arena_used[digest] = self._probe(model)
         interpreter = self._open(model)
-        self._inputs = _details(interpreter.get_input_details)
-        outputs = _details(interpreter.get_output_details)
+        input_count, output_count = self._counts(model)
+        self._inputs = _details(interpreter.get_input_details, input_count)
+        outputs = _details(interpreter.get_output_details, output_count)
         self._outputs = len(outputs)
         self._interpreter = interpreter
         return ModelInfo(
@@ -109,13 +110,18 @@ class TflmEngine:
         except (RuntimeError, ValueError) as err:
             raise EngineError(str(err) or "load failed", LoadResult.INVALID) from err
 
+    def _counts(self, model: bytes) -> tuple[int, int]:
+        """Inputs and outputs: the interpreter does not say how many there are."""
+        graph = self._runtime.schema_fb.Model.GetRootAsModel(model, 0).Subgraphs(0)
+        return graph.InputsLength(), graph.OutputsLength()
+
     def _probe(self, model: bytes) -> int:
         """Bytes of arena that the model takes. TFLM says so on stderr only, after a run."""
         import numpy as np
 
         def run() -> None:
             interpreter = self._open(model)
-            for index, (dtype, shape, _) in enumerate(_details(interpreter.get_input_details)):
+            for index, (dtype, shape, _) in enumerate(_details(interpreter.get_input_details, self._counts(model)[0])):
                 interpreter.set_input(np.zeros(shape, dtype), index)
             interpreter.invoke()
             interpreter.print_allocations()
@@ -219,18 +225,11 @@ def run_disposable(call: Callable[[], object]) -> bytes:
     raise EngineError(said.decode(errors="replace").strip()[-90:] or "the engine refused it")
 
 
-def _details(get: Callable[[int], dict[str, Any]]) -> list[tuple[Any, Any, int]]:
-    """(dtype, shape, bytes) of every input or output. TFLM has no count: the index is raised until it says no."""
+def _details(get: Callable[[int], dict[str, Any]], count: int) -> list[tuple[Any, Any, int]]:
+    """(dtype, shape, bytes) of each of `count` inputs or outputs."""
     import numpy as np
 
-    found: list[tuple[Any, Any, int]] = []
-    while True:
-        try:
-            detail = get(len(found))
-        except IndexError:
-            return found
-        dtype = np.dtype(detail["dtype"])
-        found.append((dtype, detail["shape"], int(np.prod(detail["shape"], dtype=np.int64)) * dtype.itemsize))
+    return [(np.dtype(detail["dtype"]), detail["shape"], _tensor_bytes(detail)) for detail in map(get, range(count))]
 
 
 def _tensor_bytes(detail: dict[str, Any]) -> int:

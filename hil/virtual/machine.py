@@ -137,7 +137,12 @@ class Machine:
         self._reset_wanted = RESET_SOFTWARE
 
     def _uart_write(self, data: bytes) -> None:
-        self._sending += self._noise[1].apply(data) if self._noise else data
+        if self._noise:
+            data = self._noise[1].apply(data)
+        if self._sending or self._settings.baud:
+            self._sending += data
+        else:
+            self._sending += data[self._write(data) :]
 
     # -- the line ----------------------------------------------------------------------------------------------------
 
@@ -186,10 +191,19 @@ class Machine:
         count = self._tx_pacer.carried(len(self._sending), time.monotonic())
         if not count or self._port is None:
             return
-        with contextlib.suppress(BlockingIOError):
-            sent = os.write(self._port.master, self._sending[:count] if count < len(self._sending) else self._sending)
-            self._counts["bytes_out"] += sent
-            del self._sending[:sent]
+        sent = self._write(self._sending[:count] if count < len(self._sending) else self._sending)
+        del self._sending[:sent]
+
+    def _write(self, data: bytes | bytearray) -> int:
+        """Bytes that the pseudo-terminal took."""
+        if self._port is None:
+            return 0
+        try:
+            sent = os.write(self._port.master, data)
+        except BlockingIOError:
+            return 0
+        self._counts["bytes_out"] += sent
+        return sent
 
     def _update_interest(self) -> None:
         if self._port is None:
