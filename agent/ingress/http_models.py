@@ -18,17 +18,19 @@ Milliseconds = Annotated[float, Field(gt=0, le=3_600_000)]
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 
 
-_THREE = [
-    [0, 0, 7, 15, 13, 1, 0, 0],
-    [0, 8, 13, 6, 15, 4, 0, 0],
-    [0, 2, 1, 13, 13, 0, 0, 0],
-    [0, 0, 2, 15, 11, 1, 0, 0],
-    [0, 0, 0, 1, 12, 12, 1, 0],
-    [0, 0, 0, 0, 1, 10, 8, 0],
-    [0, 0, 8, 4, 5, 14, 9, 0],
-    [0, 0, 7, 13, 13, 9, 0, 0],
+# fmt: off
+_THREE: list[Any] = [
+    0, 0, 7, 15, 13, 1, 0, 0,
+    0, 8, 13, 6, 15, 4, 0, 0,
+    0, 2, 1, 13, 13, 0, 0, 0,
+    0, 0, 2, 15, 11, 1, 0, 0,
+    0, 0, 0, 1, 12, 12, 1, 0,
+    0, 0, 0, 0, 1, 10, 8, 0,
+    0, 0, 8, 4, 5, 14, 9, 0,
+    0, 0, 7, 13, 13, 9, 0, 0,
 ]
-"""A handwritten digit: 8 x 8 pixels of 0 to 16."""
+# fmt: on
+"""A handwritten digit: 8 x 8 pixels of 0 to 16, row by row."""
 
 
 class _Documented(BaseModel):
@@ -66,7 +68,7 @@ class InferDocument(_Documented):
     metadata: Annotated[dict[str, str], Field(max_length=16)] = {}
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"model": "digits", "inputs": [_THREE], "deadline_ms": 50, "priority": 7}]}
+        json_schema_extra={"examples": [{"model": "digits", "inputs": _THREE, "deadline_ms": 50, "priority": 7}]}
     )
 
 
