@@ -54,12 +54,12 @@ class Pinged:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """A whole answer, not yet parsed."""
+class Incoming:
+    """One whole message, not yet parsed. `line_bytes`: what it took on the line, all pieces together."""
 
     type: int
+    id: int
     body: bytes
-    received_at: float
     line_bytes: int
 
 
@@ -72,18 +72,20 @@ class Call:
     deadline: float
     windowed: bool
     repeat: bool
-    future: asyncio.Future[Answer]
+    future: asyncio.Future[Incoming]
     type: MessageType = MessageType.ERROR
     sent_at: float = 0.0
+    received_at: float = 0.0
     bytes_sent: int = 0
     repeated: bool = False
     settled: bool = True
     timer: asyncio.TimerHandle | None = None
 
-    def answer(self, answer: Answer) -> None:
+    def answer(self, message: Incoming, received_at: float) -> None:
         self.settled = True
         if not self.future.done():
-            self.future.set_result(answer)
+            self.received_at = received_at
+            self.future.set_result(message)
 
     def fail(self, error: Exception) -> None:
         self.settled = True

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final
 
 from agent.core.errors import ProtocolError
-from agent.link.calls import Counters
+from agent.link.calls import Counters, Incoming
 from agent.wire.codes import MessageType
 from agent.wire.fragments import Reassembler
 from agent.wire.frame import FRAGMENT, Frame, FrameDecoder, line_bytes
@@ -16,16 +14,6 @@ MAX_FRAME: Final = 4096
 """What the gateway announces: any board's answer in one frame, and a page of buffer."""
 MAX_MESSAGE: Final = 1 << 20
 """The largest reassembled answer that is taken: far above any output of a model that fits a microcontroller."""
-
-
-@dataclass(frozen=True, slots=True)
-class Incoming:
-    """One whole message. `line_bytes`: what it took on the line, all pieces together."""
-
-    type: int
-    id: int
-    body: bytes
-    line_bytes: int
 
 
 class Inbox:
@@ -52,16 +40,19 @@ class Inbox:
         """Forget a partial message: its sender was reset."""
         self._reassembler.clear()
 
-    def feed(self, data: bytes) -> Iterator[Incoming]:
+    def feed(self, data: bytes) -> list[Incoming]:
         """What `data` completed."""
         self._counters.bytes_received += len(data)
+        messages = []
         for frame in self._decoder.feed(data):
-            if isinstance(frame, Frame):
-                self._count(frame)
-                if frame.flags & FRAGMENT:
-                    yield from self._join(frame)
-                else:
-                    yield Incoming(frame.type, frame.id, frame.payload, line_bytes(len(frame.payload)))
+            if not isinstance(frame, Frame):
+                continue
+            self._count(frame)
+            if not frame.flags & FRAGMENT:
+                messages.append(Incoming(frame.type, frame.id, frame.payload, line_bytes(len(frame.payload))))
+            elif (joined := self._join(frame)) is not None:
+                messages.append(joined)
+        return messages
 
     def _count(self, frame: Frame) -> None:
         self._counters.frames_received += 1
@@ -70,7 +61,7 @@ class Inbox:
             self._counters.lost_frames += (frame.seq - self._expected_seq) & 0xFFFF
         self._expected_seq = (frame.seq + 1) & 0xFFFF
 
-    def _join(self, frame: Frame) -> Iterator[Incoming]:
+    def _join(self, frame: Frame) -> Incoming | None:
         if not self._reassembler.buffered:
             self._pieces_bytes = 0
         self._pieces_bytes += line_bytes(len(frame.payload))
@@ -78,6 +69,5 @@ class Inbox:
             body = self._reassembler.add(frame)
         except ProtocolError:
             self._counters.malformed += 1
-            return
-        if body is not None:
-            yield Incoming(frame.type, frame.id, body, self._pieces_bytes)
+            return None
+        return None if body is None else Incoming(frame.type, frame.id, body, self._pieces_bytes)

@@ -12,8 +12,8 @@ from typing import Final, TypeVar
 
 from agent.core.clock import Clock
 from agent.core.errors import LinkError, ProtocolError
-from agent.link.calls import Answer, Call, Counters, Pinged, RemoteError, Reply, again
-from agent.link.inbox import MAX_FRAME, Inbox, Incoming
+from agent.link.calls import Call, Counters, Incoming, Pinged, RemoteError, Reply, again
+from agent.link.inbox import MAX_FRAME, Inbox
 from agent.link.transport import Transport
 from agent.link.window import Window
 from agent.wire.body import Message
@@ -31,6 +31,8 @@ LINGER_S: Final = 0.5
 cancelled run of a small model, so that a new request rarely meets BUSY."""
 RESET_POLL_S: Final = 1.0
 """When the HELLO of a reset MCU is overdue and it is asked for one."""
+PING_OVERHEAD: Final = 28
+"""Bytes of the largest frame that a PONG needs for itself."""
 SMOOTHING: Final = 0.125
 """Weight of a new sample in the smoothed round trip (RFC 6298)."""
 HELLO_REQ: Final = HelloReq(PROTOCOL_MAJOR, PROTOCOL_MINOR, MAX_FRAME)
@@ -205,7 +207,7 @@ class Session:
         finally:
             self._end(call)
         if not call.repeated:
-            took_s = answered.received_at - call.sent_at
+            took_s = call.received_at - call.sent_at
             before = self._typical_s.get(call.type, took_s)
             self._typical_s[call.type] = before + SMOOTHING * (took_s - before)
         if answered.type == MessageType.ERROR:
@@ -213,7 +215,7 @@ class Session:
         if answered.type != answer.TYPE:
             raise ProtocolError(f"{self._transport.name}: {call.type.name} was answered with type {answered.type:#04x}")
         return Reply(
-            answer.from_bytes(answered.body), call.sent_at, answered.received_at, call.bytes_sent, answered.line_bytes
+            answer.from_bytes(answered.body), call.sent_at, call.received_at, call.bytes_sent, answered.line_bytes
         )
 
     def _begin(self, call: Call) -> None:
@@ -225,8 +227,8 @@ class Session:
         if self._hello is not None and len(body) > max(self._hello.max_message, self._peer_max_frame - OVERHEAD):
             text = f"body of {len(body)} bytes; the MCU takes {self._hello.max_message}"
             raise RemoteError(self._transport.name, Error(ErrorCode.TOO_LARGE, text))
-        again_at = call.sent_at + (call.deadline - call.sent_at) / 2 if call.repeat else call.deadline
-        call.timer = self._loop.call_at(self._loop_time(again_at), self._overdue, call)
+        left_s = call.deadline - call.sent_at
+        call.timer = self._loop.call_later(left_s / 2 if call.repeat else left_s, self._overdue, call)
         call.settled = False
         call.bytes_sent = self._send(call.type, 0, call.id, body)
         if not call.bytes_sent:
@@ -237,7 +239,7 @@ class Session:
         left_s = call.deadline - self._clock.monotonic()
         if call.repeat and not call.repeated and left_s > 0:
             call.repeated = True
-            call.timer = self._loop.call_at(self._loop_time(call.deadline), self._overdue, call)
+            call.timer = self._loop.call_later(left_s, self._overdue, call)
             if left_s >= self._typical_s.get(call.type, 0.0):
                 self.counters.repeats += 1
                 call.bytes_sent += self._send(call.type, RETRY, call.id, call.make().to_bytes())
@@ -292,15 +294,14 @@ class Session:
 
     def _send(self, type_: int, flags: int, id_: int, body: bytes) -> int:
         """Returns bytes written; 0 if there is no room for all of them, or the line is lost."""
-        frames = []
-        seq = self._seq
-        for more, payload in split(body, self._peer_max_frame):
-            frames.append(Frame(type_, flags | more, seq, id_, payload).encode())
-            seq = (seq + 1) & 0xFFFF
+        frames = [
+            Frame(type_, flags | more, (self._seq + index) & 0xFFFF, id_, payload).encode()
+            for index, (more, payload) in enumerate(split(body, self._peer_max_frame))
+        ]
         data = b"".join(frames)
         if self._error is not None or not self._transport.write(data):
             return 0
-        self._seq = seq
+        self._seq += len(frames)
         self.counters.frames_sent += len(frames)
         self.counters.bytes_sent += len(data)
         return len(data)
@@ -327,7 +328,7 @@ class Session:
     def _deliver(self, message: Incoming) -> None:
         call = self._calls.get(message.id)
         if call is not None:
-            call.answer(Answer(message.type, message.body, self.last_received, message.line_bytes))
+            call.answer(message, self.last_received)
         else:
             self.counters.late += 1
             if message.id in self._abandoned:

@@ -1,0 +1,222 @@
+"""`edge-agent mcu`: look at, measure and update one microcontroller on a serial port."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import importlib
+import json
+import statistics
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from agent.core.clock import Clock, SystemClock
+from agent.core.errors import ConfigError, EdgeAgentError, LinkError, UnknownModel
+
+if TYPE_CHECKING:
+    from agent.link.session import Session
+    from agent.wire.messages import Hello
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_CANNOT_OPEN = 0, 1, 2, 3
+
+DEFAULT_BAUD: Final = 921_600
+"""As `edge_mcu.baud`; USB devices and pseudo-terminals ignore it."""
+OPEN_TIMEOUT_S: Final = 8.0
+"""Opening the port resets many boards, and their boot loaders wait for about 2 s."""
+ANSWER_TIMEOUT_S: Final = 5.0
+"""A person waits; a line at 9,600 baud takes 2.3 s for the longest PING and its PONG."""
+RESET_TIMEOUT_S: Final = 15.0
+
+
+class _LateParser(argparse.ArgumentParser):
+    """A parser that gets its arguments only when it is used, from a module that is imported only then."""
+
+    def __init__(self, *args: Any, module: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._module = module
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        if self._module is not None:
+            try:
+                importlib.import_module(self._module).add_arguments(self)
+            except ImportError as error:
+                self.error(f"the virtual microcontroller is not installed here: {error}")
+        return super().parse_known_args(args, namespace)
+
+
+def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
+    """Add `mcu` and its subcommands to those of `edge-agent`."""
+    parser = commands.add_parser("mcu", help="look at, measure and update a microcontroller")
+    parser.set_defaults(run=run)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_LateParser)
+
+    line = argparse.ArgumentParser(add_help=False)
+    line.add_argument("--port", required=True, metavar="PORT", help="for example /dev/ttyACM0")
+    line.add_argument("--baud", type=_positive, metavar="N", help=f"bits per second (default {DEFAULT_BAUD})")
+    line.add_argument("--verbose", action="store_true", help="print the board's log lines as well")
+
+    info = actions.add_parser("info", parents=[line], help="what the board is, has and holds")
+    info.add_argument("--json", action="store_true", help="as JSON")
+
+    ping = actions.add_parser("ping", parents=[line], help="round-trip time and clock offset")
+    ping.add_argument("--count", type=_positive, default=10, metavar="N", help="how many (default 10)")
+    ping.add_argument("--size", type=_not_negative, default=0, metavar="BYTES", help="payload (default 0)")
+
+    push = actions.add_parser("push", parents=[line], help="send a model, verify it there and make it active")
+    push.add_argument("model", metavar="FAMILY[/VARIANT] | FILE.tflite")
+    push.add_argument("--catalog", type=Path, metavar="FILE", help="catalog.yaml; default: the one that ships")
+    push.add_argument("--counter", type=_not_negative, metavar="N", help="version counter; default: the catalogue's")
+    push.add_argument("--allow-downgrade", action="store_true", help="also if the board has a later version")
+
+    bench = actions.add_parser("bench", parents=[line], help="round trips and throughput beside their floors")
+    bench.add_argument("--rounds", type=_positive, default=500, metavar="N", help="of each measurement (default 500)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+
+    actions.add_parser("reset", parents=[line], help="restart the board and wait until it is back")
+    actions.add_parser("virtual", module="hil.virtual", help="run a microcontroller on a pseudo-terminal")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code: 0 ok, 1 failed, 2 usage, 3 the port cannot be opened or nobody answers there."""
+    if args.action == "virtual":
+        code: int = importlib.import_module("hil.virtual").main(args)
+        return code
+    try:
+        return asyncio.run(_on_line(args))
+    except (ConfigError, UnknownModel) as error:
+        return _complain(error, EXIT_USAGE)
+    except (EdgeAgentError, TimeoutError) as error:
+        return _complain(error, EXIT_FAILED)
+
+
+async def _on_line(args: argparse.Namespace) -> int:
+    from agent import cli_mcu_bench, cli_mcu_push
+    from agent.link.serial import open_serial
+    from agent.link.session import Session
+    from agent.wire.codes import name_of
+    from agent.wire.messages import Log
+
+    actions: dict[str, Callable[[Session, argparse.Namespace, Clock], Awaitable[None]]] = {
+        "info": _info,
+        "ping": _ping,
+        "reset": _reset,
+        "push": cli_mcu_push.push,
+        "bench": cli_mcu_bench.bench,
+    }
+
+    def show(line: Log) -> None:
+        if args.verbose:
+            print(f"{args.port}: {name_of(line.level).lower()}: {line.text}", file=sys.stderr)
+
+    # What is wrong with the command line or its files is said before the board is disturbed.
+    if args.action == "push":
+        args.chosen = cli_mcu_push.choose(args)
+    clock = SystemClock()
+    try:
+        transport = await open_serial(args.port, args.baud or DEFAULT_BAUD)
+    except LinkError as error:
+        return _complain(error, EXIT_CANNOT_OPEN)
+    session = Session(transport, clock, on_log=show)
+    try:
+        await session.open(clock.monotonic() + OPEN_TIMEOUT_S)
+    except EdgeAgentError as error:
+        session.close()
+        return _complain(error, EXIT_CANNOT_OPEN)
+    try:
+        await actions[args.action](session, args, clock)
+    finally:
+        session.close()
+    return EXIT_OK
+
+
+async def _info(session: Session, args: argparse.Namespace, clock: Clock) -> None:
+    hello = session.hello
+    if args.json:
+        print(json.dumps(_as_json(hello), indent=2))
+        return
+    from agent.wire.codes import Capability, name_of
+
+    print(f"board         {hello.board}, unique id {hello.uid:016x}")
+    print(f"firmware      {hello.build}, protocol {hello.major}.{hello.minor}")
+    print(f"engine        {hello.engine}, {len(hello.operators)} operators")
+    print(f"last reset    {name_of(hello.reset_cause).lower().replace('_', ' ')}, boot {hello.boot_id:016x}")
+    able = [bit.name.lower().replace("_", " ") for bit in Capability if bit in hello.capabilities and bit.name]
+    print(f"capabilities  {', '.join(able) or 'none'}")
+    print(f"memory        arena {hello.arena}, slots of {hello.slot_size} bytes")
+    print(f"line          frames of {hello.max_frame}, messages of {hello.max_message} bytes, window {hello.window}")
+    for slot in hello.slots:
+        print(f"slot {slot.index}        {name_of(slot.state).lower()}", end="")
+        if slot.length:
+            print(f", {slot.length} bytes, counter {slot.counter}, sha256 {slot.sha256.hex()}", end="")
+        if slot.runs:
+            print(f", inputs {slot.input_bytes}, outputs {slot.output_bytes}, arena {slot.arena_used} bytes", end="")
+        print()
+
+
+def _as_json(hello: Hello) -> dict[str, Any]:
+    from agent.wire.codes import Capability, name_of
+
+    fields = {field.name: getattr(hello, field.name) for field in dataclasses.fields(hello)}
+    slots = [
+        {field.name: getattr(slot, field.name) for field in dataclasses.fields(slot)}
+        | {"state": name_of(slot.state).lower(), "sha256": slot.sha256.hex()}
+        for slot in hello.slots
+    ]
+    return fields | {
+        "reset_cause": name_of(hello.reset_cause).lower(),
+        "boot_id": f"{hello.boot_id:016x}",
+        "uid": f"{hello.uid:016x}",
+        "capabilities": [bit.name.lower() for bit in Capability if bit in hello.capabilities and bit.name],
+        "slots": slots,
+    }
+
+
+async def _ping(session: Session, args: argparse.Namespace, clock: Clock) -> None:
+    from agent.link.session import PING_OVERHEAD
+
+    largest = session.hello.max_frame - PING_OVERHEAD
+    if args.size > largest:
+        raise EdgeAgentError(f"--size: the board takes up to {largest} bytes, found {args.size}")
+    pings = [
+        await session.ping(bytes(i & 0xFF for i in range(args.size)), clock.monotonic() + ANSWER_TIMEOUT_S)
+        for _ in range(args.count)
+    ]
+    times = sorted(ping.round_trip_s * 1e3 for ping in pings)
+    # The quickest exchange bounds the error of the offset best: half of its time on the line.
+    best = min(pings, key=lambda ping: ping.round_trip_s)
+    print(f"{len(times)} pings of {args.size} bytes", end=": ")
+    print(f"min {times[0]:.3f}, median {statistics.median(times):.3f}, max {times[-1]:.3f} ms")
+    print(f"clock offset {best.offset_s:+.6f} s, within {(best.round_trip_s - best.mcu_s) / 2 * 1e6:.0f} us")
+
+
+async def _reset(session: Session, args: argparse.Namespace, clock: Clock) -> None:
+    from agent.wire.codes import name_of
+
+    began = clock.monotonic()
+    hello = await session.reset(began + RESET_TIMEOUT_S)
+    took_s = clock.monotonic() - began
+    print(f"{hello.board} is back after {took_s:.3f} s, reset cause {name_of(hello.reset_cause).lower()}")
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"edge-agent mcu: {error}", file=sys.stderr)
+    return code
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, found {value}")
+    return value
