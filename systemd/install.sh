@@ -1,0 +1,123 @@
+#!/bin/sh
+# Installs edge-agent on a gateway, or takes it away. Safe to run again: an existing configuration is never overwritten.
+set -eu
+
+usage() {
+    cat <<'USAGE'
+Usage: install.sh [install|uninstall] [options]
+
+  --source WHAT     what pip installs: a checkout, a wheel, or a requirement (default: the checkout of this script)
+  --extras LIST     extras of the package, for example onnx
+  --python FILE     the interpreter for the virtual environment (default: python3)
+  --destdir DIR     put everything below DIR and start nothing: for packages and tests
+  --files-only      units, rules and configuration; no virtual environment
+  --worker          also the unit of the cloud worker
+  --no-start        enable the service, do not start it
+  --purge           uninstall: also the configuration and the state
+USAGE
+}
+
+action=install destdir='' extras='' python=python3 venv=yes worker=no start=yes purge=no
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+source=$(dirname -- "$here")
+
+while [ $# -gt 0 ]; do
+    case $1 in
+        install | uninstall) action=$1 ;;
+        --source | --extras | --python | --destdir)
+            [ $# -ge 2 ] || { echo "install.sh: $1 needs a value" >&2; exit 2; }
+            case $1 in
+                --source) source=$2 ;;
+                --extras) extras=$2 ;;
+                --python) python=$2 ;;
+                --destdir) destdir=${2%/} ;;
+            esac
+            shift ;;
+        --files-only) venv=no ;;
+        --worker) worker=yes ;;
+        --no-start) start=no ;;
+        --purge) purge=yes ;;
+        -h | --help) usage; exit 0 ;;
+        *) echo "install.sh: unknown option $1" >&2; usage >&2; exit 2 ;;
+    esac
+    shift
+done
+
+units=$destdir/etc/systemd/system
+config=$destdir/etc/edge-agent
+rules=$destdir/etc/udev/rules.d
+home=$destdir/opt/edge-agent
+
+if [ -z "$destdir" ] && [ "$(id -u)" -ne 0 ]; then
+    echo "install.sh: must run as root, or with --destdir" >&2
+    exit 1
+fi
+
+managed() { [ -z "$destdir" ] && command -v systemctl >/dev/null 2>&1 && [ -d /run/systemd/system ]; }
+
+# keep FILE MODE TARGET: only where there is none yet; what is new is put beside it when it differs.
+keep() {
+    if [ ! -e "$3" ]; then
+        install -m "$2" "$1" "$3"
+    elif ! cmp -s "$1" "$3"; then
+        install -m "$2" "$1" "$3.new"
+        echo "kept $3; the new one is $3.new"
+    else
+        rm -f "$3.new"
+    fi
+}
+
+do_install() {
+    if [ "$venv" = yes ]; then
+        [ -x "$home/bin/python" ] || "$python" -m venv "$home"
+        "$home/bin/python" -m pip install --quiet --upgrade "$source${extras:+[$extras]}"
+    fi
+    install -d -m 0755 "$units/edge-agent.service.d" "$rules" "$config"
+    install -d -m 0700 "$config/credentials"
+    install -m 0644 "$here/edge-agent.service" "$units/edge-agent.service"
+    if [ -e /etc/nv_tegra_release ]; then
+        keep "$here/edge-agent.service.d/jetson.conf" 0644 "$units/edge-agent.service.d/jetson.conf"
+    fi
+    keep "$here/99-edge-agent.rules" 0644 "$rules/99-edge-agent.rules"
+    keep "$here/edge-agent.yaml" 0644 "$config/edge-agent.yaml"
+    keep "$here/edge-agent.env" 0600 "$config/edge-agent.env"
+    if [ "$worker" = yes ]; then
+        install -m 0644 "$here/edge-agent-worker.service" "$units/edge-agent-worker.service"
+        keep "$here/worker.env" 0600 "$config/worker.env"
+    fi
+    if managed; then
+        if [ "$venv" = yes ]; then
+            "$home/bin/edge-agent" check "$config/edge-agent.yaml"
+        fi
+        systemctl daemon-reload
+        udevadm control --reload || true
+        systemctl enable --quiet edge-agent.service
+        if [ "$start" = yes ]; then
+            systemctl restart edge-agent.service
+        fi
+    fi
+    echo "installed; configuration: $config/edge-agent.yaml"
+}
+
+do_uninstall() {
+    if managed; then
+        systemctl disable --now --quiet edge-agent.service 2>/dev/null || true
+        systemctl disable --now --quiet edge-agent-worker.service 2>/dev/null || true
+    fi
+    rm -f "$units/edge-agent.service" "$units/edge-agent-worker.service" "$units/edge-agent.service.d/jetson.conf"
+    rmdir "$units/edge-agent.service.d" 2>/dev/null || true
+    rm -f "$rules/99-edge-agent.rules" "$rules/99-edge-agent.rules.new"
+    if [ -e "$home/pyvenv.cfg" ]; then
+        rm -rf "$home"
+    fi
+    if [ "$purge" = yes ]; then
+        rm -rf "$config" "$destdir/var/lib/edge-agent" "$destdir/var/lib/private/edge-agent"
+    else
+        echo "kept $config and the state directory; --purge removes them"
+    fi
+    if managed; then
+        systemctl daemon-reload
+    fi
+}
+
+"do_$action"
