@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from itertools import chain
+from typing import Any, NoReturn, get_args
 
 import numpy as np
 
@@ -12,11 +13,13 @@ from agent.config import LatencyThresholds, RoutingSection
 from agent.core.clock import Clock
 from agent.core.errors import InvalidRequest, UnknownModel
 from agent.core.types import InferenceRequest, LatencyClass, Tensor
-from agent.registry.catalog import Catalog, Family, FamilyTensor
+from agent.registry.catalog import Catalog, DType, Family, FamilyTensor
 
 MAX_DEADLINE_MS = 3_600_000.0
 MAX_NAME = 128
 MAX_METADATA = 16
+MAX_DIMENSIONS = 8
+DTYPES: tuple[str, ...] = get_args(DType)
 
 _KEYS = frozenset(
     {
@@ -93,8 +96,12 @@ class Admission:
         family = self.catalog.family(model)
         if len(family.inputs) != 1:
             _refuse("inputs", f"{family.name} has {len(family.inputs)} inputs: raw bytes are for models with one")
+        if "inputs" in options:
+            _refuse("inputs", "are given as raw bytes already")
         spec = family.inputs[0]
-        kind = np.dtype(dtype or spec.dtype)
+        if dtype is not None and dtype not in DTYPES:
+            _refuse("dtype", f"must be one of {', '.join(DTYPES)}, found {_shown(dtype)}")
+        kind = np.dtype(dtype or spec.dtype).newbyteorder("<")
         expected = int(np.prod(spec.shape)) * kind.itemsize
         if len(data) != expected:
             found = f"{len(data)} bytes"
@@ -109,7 +116,10 @@ class Admission:
         tensors = {}
         for spec in family.inputs:
             value = inputs[spec.name]
-            tensors[spec.name] = _checked(value if scale == 1.0 else value.astype(np.float32) * scale, spec)
+            if scale != 1.0:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    value = value.astype(np.float32) * np.float32(scale)
+            tensors[spec.name] = _checked(value, spec)
         return tensors
 
     def _build(
@@ -170,7 +180,17 @@ def class_of(deadline_ms: float, limits: LatencyThresholds) -> LatencyClass:
 
 
 def _refuse(field: str, message: str) -> NoReturn:
-    raise InvalidRequest(f"{field}: {message}", field=field)
+    field = _printable(field)
+    raise InvalidRequest(f"{field}: {_printable(message)}", field=field)
+
+
+def _printable(text: str) -> str:
+    """Without lone surrogates, which JSON can hold and no door can encode."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _shown(value: object) -> str:
+    return "a very large number" if isinstance(value, int) and value.bit_length() > 128 else str(value)[:32]
 
 
 def _kind(value: object) -> str:
@@ -193,7 +213,7 @@ def _integer(options: Mapping[str, Any], key: str, default: int, low: int, high:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        _refuse(key, f"must be a whole number from {low} to {high}, found {str(value)[:32]}")
+        _refuse(key, f"must be a whole number from {low} to {high}, found {_shown(value)}")
     return value
 
 
@@ -202,12 +222,14 @@ def _milliseconds(options: Mapping[str, Any], key: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_DEADLINE_MS:
-        _refuse(key, f"must be above 0 and at most {MAX_DEADLINE_MS:.0f} milliseconds, found {str(value)[:32]}")
+        _refuse(key, f"must be above 0 and at most {MAX_DEADLINE_MS:.0f} milliseconds, found {_shown(value)}")
     return float(value)
 
 
 def _boolean(options: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = options.get(key, default)
+    value = options.get(key)
+    if value is None:
+        return default
     if not isinstance(value, bool):
         _refuse(key, f"must be true or false, found {_kind(value)}")
     return value
@@ -219,7 +241,7 @@ def _regions(options: Mapping[str, Any]) -> frozenset[str]:
         return frozenset()
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) > 32:
         _refuse("allowed_regions", "must be a list of at most 32 region names")
-    if not all(isinstance(region, str) and 0 < len(region) <= 64 for region in value):
+    if not all(isinstance(region, str) and 0 < len(region) <= 64 and region.isprintable() for region in value):
         _refuse("allowed_regions", "must be a list of region names")
     return frozenset(value)
 
@@ -233,6 +255,8 @@ def _metadata(options: Mapping[str, Any]) -> dict[str, str]:
     for key, text in value.items():
         if not isinstance(key, str) or not isinstance(text, str) or len(key) > MAX_NAME or len(text) > 1024:
             _refuse("metadata", f"keys and values must be strings of at most {MAX_NAME} and 1024 characters")
+        if _printable(key + text) != key + text:
+            _refuse("metadata", "must be text that UTF-8 can hold")
     return dict(value)
 
 
@@ -254,13 +278,36 @@ def _tensors(inputs: object, family: Family) -> dict[str, Tensor]:
         if spec.name not in inputs:
             _refuse(f"inputs.{spec.name}", f"is missing; must be {spec.dtype} {list(spec.shape)}")
         value = inputs[spec.name]
-        if not isinstance(value, np.ndarray):
-            try:
-                value = np.asarray(value)
-            except (ValueError, TypeError, OverflowError):
-                _refuse(f"inputs.{spec.name}", f"must be numbers of shape {list(spec.shape)}: rows differ in length")
-        tensors[spec.name] = _checked(value, spec)
+        tensors[spec.name] = _checked(value if isinstance(value, np.ndarray) else _array(value, spec), spec)
     return tensors
+
+
+def _array(value: object, spec: FamilyTensor) -> Tensor:
+    """Nested lists of numbers as an array.
+
+    Looks at every element before numpy does: numpy would take true for 1, and make one long string among many short
+    ones an array of gigabytes.
+    """
+    field, wanted = f"inputs.{spec.name}", f"must be numbers of shape {list(spec.shape)}"
+    level: list[Any] = [value]
+    for _ in range(MAX_DIMENSIONS):
+        kinds = set(map(type, level))
+        if not kinds <= {list, tuple}:
+            break
+        level = list(chain.from_iterable(level))
+    nested = kinds & {list, tuple}
+    for kind in kinds - nested:
+        if kind is bool or not issubclass(kind, int | float | np.number):
+            _refuse(field, f"{wanted}, found {_kind(next(item for item in level if type(item) is kind))}")
+    if nested:
+        _refuse(field, f"{wanted}: " + ("rows differ in length" if kinds != nested else "nested too deeply"))
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        _refuse(field, f"{wanted}: rows differ in length")
+    if array.dtype.kind == "O":
+        _refuse(field, f"holds a value too large for {spec.dtype}")
+    return array
 
 
 def _checked(value: Tensor, spec: FamilyTensor) -> Tensor:
@@ -270,9 +317,9 @@ def _checked(value: Tensor, spec: FamilyTensor) -> Tensor:
         _refuse(field, f"must be numbers of shape {list(spec.shape)}")
     shape = spec.shape
     flat = int(np.prod(shape))
-    if value.shape != shape and value.shape != (flat,) and value.shape != shape[1:]:
+    if value.size != flat or value.shape not in (shape, (flat,), shape[1:]):
         _refuse(field, f"must have shape {list(shape)} (or {list(shape[1:])}, or [{flat}]), found {list(value.shape)}")
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         tensor = np.ascontiguousarray(value, dtype=spec.dtype).reshape(shape)
     if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
         _refuse(field, f"holds NaN, infinity or a value too large for {spec.dtype}")
