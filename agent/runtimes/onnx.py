@@ -71,7 +71,6 @@ class SessionRunner:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.enable_cpu_mem_arena = False  # Shapes are fixed and one request runs at a time: nothing to pool.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # Idle threads must not burn a core.
         options.log_severity_level = _ERRORS_ONLY
         self._errors = _library_errors(ort)

@@ -159,8 +159,9 @@ class RuntimePool:
     async def run(self, sha256: str, inputs: Tensors, deadline: float) -> RunOutcome:
         """Run the model with that digest by `deadline` (monotonic seconds). Names, dtypes, shapes as in the file.
 
-        Raises `TargetUnavailable` (not loaded), `TargetBusy`, `TargetTimeout` or `TargetFailed`. A run that is late
-        keeps its place until it ends.
+        Raises `TargetUnavailable` (not loaded), `TargetBusy`, `TargetTimeout` or `TargetFailed`. A run in
+        the pool that is late keeps its place until it ends; one on the event loop cannot be cut short and is returned
+        even if it is late.
         """
         model = self._models.get(sha256)
         if model is None:
@@ -196,6 +197,7 @@ class RuntimePool:
         """For `/status`: plain JSON types. Times in milliseconds."""
         return {
             **self._engine.status(),
+            "runtimes": sorted({model.loaded.runtime for model in self._models.values()}),
             "workers": self._settings.workers,
             "in_flight": self._engine.in_flight,
             "limit": self._limit,

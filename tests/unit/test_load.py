@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
@@ -53,12 +52,3 @@ def test_the_hottest_zone_counts_and_disconnected_ones_do_not(tmp_path: Path) ->
     assert LoadSampler(tmp_path).sample()["temperature_c"] == 51.25
     write(tmp_path, {f"class/thermal/thermal_zone{zone}/temp": "-256000" for zone in zones})
     assert "temperature_c" not in LoadSampler(tmp_path).sample()
-
-
-async def test_runs_until_it_is_cancelled(tmp_path: Path) -> None:
-    sampler = LoadSampler(tmp_path)
-    task = asyncio.create_task(sampler.run(3600))
-    await asyncio.sleep(0)
-    assert set(sampler.latest) == ALWAYS
-    task.cancel()
-    assert isinstance((await asyncio.gather(task, return_exceptions=True))[0], asyncio.CancelledError)

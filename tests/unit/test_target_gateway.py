@@ -206,6 +206,7 @@ async def test_status_is_plain_json(isolation: str) -> None:
     assert status["models_loaded"] == ["digits/gateway-fp16", "motion/gateway-fp16"]
     pool = status["pool"]
     assert pool["isolation"] == isolation and pool["workers"] == 2 and pool["limit"] == 5
+    assert [runtime.split()[0] for runtime in pool["runtimes"]] == ["litert"]
     for model in pool["models"].values():
         assert model["service_ms_p50"] > 0
         assert "litert" in model["provider"]
