@@ -53,6 +53,9 @@ constexpr size_t kJournalEntries = kMaxChunks + kMaxSlotBlocks + 256;
 // boards.
 constexpr size_t kFlashAlign = 16;
 
+// The largest chunk, max_frame - 16, must be one that can be stored.
+static_assert((kMaxFrame - kFrameOverhead - 4) % kFlashAlign == 0, "EDGE_MAX_FRAME must be a multiple of 16");
+
 // One directory record: both slots' manifests (2 x 151 bytes), sequence and CRC, rounded up.
 constexpr size_t kDirectoryRecord = 512;
 

@@ -104,7 +104,7 @@ Status Session::model_message(const Request& request, Writer& out) {
 
 void Session::write_hello(Writer& out) {
   const ModelStore& store = models_.store();
-  uint32_t capabilities = kCapKeepsModels;
+  uint32_t capabilities = store.slot_size() > 0 ? kCapKeepsModels : 0;
   if (models_.has_engine()) capabilities |= kCapEngine;
   if (models_.verifies()) capabilities |= kCapVerifies;
   const Span operators = engine_.operators();

@@ -18,7 +18,7 @@ struct ModelShape {
   uint32_t output_bytes = 0;
 };
 
-// `operators`: the builtin codes that the engine has. Uses no memory but the stack, some 1.2 KB.
+// `operators`: the builtin codes that the engine has. Uses no memory but the stack, under 1 KB.
 // Code kInvalidModel or kOperator; the text says which check failed.
 Status validate_model(Span model, Span operators, ModelShape* shape);
 
