@@ -154,12 +154,15 @@ def _import_interpreter() -> tuple[Any, str]:
 
 
 def _kernels(interpreter: Any) -> str:
-    """`xnnpack`, `xnnpack for N of M operators`, or `built-in kernels`.
+    """`xnnpack`, `xnnpack for N of M operators`, `built-in kernels`, or `unknown kernels` where the graph is not shown.
 
     The prepared graph keeps the replaced operators beside the `DELEGATE` nodes, so those are found by walking back
     from each delegate's outputs to its inputs. XNNPACK is the only delegate that is ever given.
     """
-    nodes = interpreter._get_ops_details()
+    details = getattr(interpreter, "_get_ops_details", None)  # Not a documented part of the library.
+    if details is None:
+        return "unknown kernels"
+    nodes = details()
     delegates = [node for node in nodes if node["op_name"] == "DELEGATE"]
     operators = [node for node in nodes if node["op_name"] != "DELEGATE"]
     producers = {int(tensor): node["index"] for node in operators for tensor in node["outputs"]}

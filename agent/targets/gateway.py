@@ -92,6 +92,7 @@ class GatewayTarget:
         self._refused: dict[str, str] = {}
         self._loading: asyncio.Task[None] | None = None
         self._loaded = False
+        self._not_loaded = LOADING
 
     @property
     def traits(self) -> TargetTraits:
@@ -99,7 +100,7 @@ class GatewayTarget:
 
     def availability(self) -> Availability:
         if not self._loaded:
-            return LOADING
+            return self._not_loaded
         if not self._plans:
             return Availability(
                 False, "; ".join(sorted(set(self._refused.values()))) or "the catalogue has no model for it"
@@ -135,6 +136,7 @@ class GatewayTarget:
     async def start(self) -> None:
         """Begin to load. With `strict_provider`, raises `RuntimeUnavailable` if another provider would run."""
         self._loading = asyncio.create_task(self._load(), name="edge_gpu-load")
+        self._loading.add_done_callback(self._loading_ended)
         if self._settings.strict_provider:
             await self._loading
 
@@ -150,6 +152,12 @@ class GatewayTarget:
             "models_refused": dict(self._refused),
             "pool": self._pool.status(),
         }
+
+    def _loading_ended(self, loading: asyncio.Task[None]) -> None:
+        """Whatever kept the models from being loaded is why the tier cannot be asked, not a task nobody looks at."""
+        if not loading.cancelled() and (error := loading.exception()) is not None:
+            self._not_loaded = Availability(False, f"loading failed: {error}")
+            log.error("models were not loaded", exc_info=error)
 
     async def _load(self) -> None:
         wanted = [

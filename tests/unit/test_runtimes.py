@@ -99,6 +99,7 @@ def test_litert_counts_the_operators_that_xnnpack_left() -> None:
     def kernels(*graph: dict[str, object]) -> str:
         return litert._kernels(types.SimpleNamespace(_get_ops_details=lambda: list(graph)))
 
+    assert litert._kernels(object()) == "unknown kernels"
     assert kernels(*nodes) == "built-in kernels"
     assert kernels(*nodes, delegate) == "xnnpack for 2 of 3 operators"
     assert kernels(*nodes, {**delegate, "outputs": [6]}) == "xnnpack"

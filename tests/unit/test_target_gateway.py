@@ -160,6 +160,15 @@ async def test_with_no_library_at_all_it_says_why() -> None:
     await target.stop()
 
 
+async def test_a_load_that_fails_unexpectedly_is_the_reason() -> None:
+    def broken(format: Format) -> Runtime:
+        raise OSError("the driver's library has the wrong version")
+
+    target = await started(factory=broken)
+    assert target.availability().reason == "loading failed: the driver's library has the wrong version"
+    await target.stop()
+
+
 async def test_models_over_the_limit_are_not_loaded() -> None:
     target = await started(max_bytes=25_000)
     assert target.status()["models_loaded"] == ["motion/gateway-fp16"]
