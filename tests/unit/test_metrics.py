@@ -1,6 +1,8 @@
 """Metrics: what is counted, what Prometheus reads, and that nothing grows without a bound."""
 
+import re
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -202,6 +204,20 @@ def test_labels_that_need_escaping() -> None:
     metrics = Metrics()
     metrics.malformed('a"b\\c\nd')
     assert value(metrics, "malformed_total", door='a"b\\c\nd', code="undecodable") == 1
+
+
+def test_the_documentation_lists_every_metric_and_no_other() -> None:
+    metrics = Metrics()
+    metrics.watch(lambda: {"ready": True})
+    exported = set(re.findall(r"^# TYPE edge_agent_(\w+)", metrics.render().decode(), re.MULTILINE))
+    page = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text()
+    table = page[page.index("| name (`edge_agent_") :]
+    documented = {
+        name for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE) for name in re.findall(r"\w+", row)
+    }
+    assert documented == exported
+    for key in metrics.counters():
+        assert re.search(rf"^  .*\b{key}\b", page, re.MULTILINE), f"counters.{key}"
 
 
 def test_counting_is_cheap() -> None:
