@@ -10,14 +10,16 @@ from typing import Any
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
 
 from agent.config import LaneSection, MqttSection
 from agent.core.clock import Clock
 from agent.core.errors import LinkError, ProtocolError
 from agent.wire.mqtt_properties import MessageProperties
 
-for _name in ("_handle_publish", "_do_on_publish"):
+for _name in ("_handle_publish", "_handle_pubackcomp", "_do_on_publish"):
     if not hasattr(paho.Client, _name):
         raise ImportError(f"this paho-mqtt has no Client.{_name}: use one of the versions edge-agent depends on")
 
@@ -92,9 +94,13 @@ def link_options(section: LaneSection | MqttSection, client_id: str, **settings:
     )
 
 
+_UNUSED_REASON = ReasonCode(PacketTypes.PUBACK)
+_UNUSED_PROPERTIES = Properties(PacketTypes.PUBACK)  # type: ignore[no-untyped-call]
+
+
 class PahoClient(paho.Client):
     """paho's client with two short cuts. Its own property codec takes several times what the rest of a message does,
-    so PUBLISH is decoded here; and acknowledgements are reported for QoS 1 alone."""
+    so PUBLISH and PUBACK are decoded here."""
 
     def __init__(
         self,
@@ -122,9 +128,13 @@ class PahoClient(paho.Client):
         self._deliver(Message(topic, payload, qos, bool(header & 1), properties, received))
         return self._send_puback(int.from_bytes(packet[start : start + 2], "big")) if qos else paho.MQTT_ERR_SUCCESS
 
-    def _do_on_publish(self, mid: int, reason_code: Any, properties: Any) -> MQTTErrorCode:
-        self._acknowledge(mid, int(reason_code.value))
-        return super()._do_on_publish(mid, reason_code, properties)
+    def _handle_pubackcomp(self, cmd: Any) -> MQTTErrorCode:
+        packet = self._in_packet["packet"]
+        mid = int.from_bytes(packet[:2], "big")
+        if cmd != "PUBACK" or mid not in self._out_messages:
+            return paho.MQTT_ERR_SUCCESS
+        self._acknowledge(mid, packet[2] if len(packet) > 2 else 0)
+        return self._do_on_publish(mid, _UNUSED_REASON, _UNUSED_PROPERTIES)
 
 
 class Packed(Properties):

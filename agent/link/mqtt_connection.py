@@ -193,7 +193,8 @@ class MqttConnection:
         if self._fd < 0:
             return
         try:
-            self._client.loop_write()
+            if self._client.want_write():
+                self._client.loop_write()
         except Exception as error:
             self._fail(LinkError(f"cannot write to the broker: {error}"))
             return
@@ -250,7 +251,11 @@ class MqttConnection:
             raise LinkFull(f"{self.window} messages await the broker's acknowledgement")
         if self._backlog_bytes + size > self.options.max_backlog_bytes and self._backlog_bytes:
             raise LinkFull(f"{self._backlog_bytes} bytes wait for the broker to read them")
-        info = self._client.publish(topic, payload, qos, retain, Packed(packed))
+        corked, self._corked = self._corked, True
+        try:
+            info = self._client.publish(topic, payload, qos, retain, Packed(packed))
+        finally:
+            self._corked = corked
         if info.rc != paho.MQTT_ERR_SUCCESS:
             raise LinkError(f"cannot publish: {paho.error_string(info.rc)}")
         if qos:

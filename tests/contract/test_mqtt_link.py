@@ -372,5 +372,5 @@ def test_properties_are_packed_as_paho_packs_them() -> None:
 
 def test_paho_still_has_the_places_that_are_replaced() -> None:
     assert callable(paho.Client._handle_publish)
-    assert callable(paho.Client._do_on_publish)
+    assert callable(paho.Client._handle_pubackcomp)
     assert socket.TCP_NODELAY
