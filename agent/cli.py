@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_later("hil.demo.main"))
     demo.add_argument("--seconds", type=float, default=60.0, metavar="N", help="how long (20 to 3600; default 60)")
     demo.add_argument("--json", type=Path, metavar="FILE", help="write the summary here as well")
+    demo.add_argument("--keep", type=Path, metavar="FOLDER", help="keep configuration, logs and databases here")
     demo.add_argument("--http-port", type=int, default=8080, help="of the status page; another one if it is taken")
 
     bench = commands.add_parser("bench", help="measure the daemon's own cost beside the floor, in one run")

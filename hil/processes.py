@@ -110,6 +110,7 @@ class Stage:
     def __init__(self, keep: Path | None = None) -> None:
         self._temporary = None if keep else tempfile.TemporaryDirectory(prefix="edge-agent-")
         self.folder = keep or Path(self._temporary.name if self._temporary else ".")
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._processes: list[Process] = []
 
     def __enter__(self) -> Self:
@@ -162,7 +163,7 @@ class Stage:
         """A cloud worker, serving when this returns."""
         command = [sys.executable, "-m", "agent.cli", "worker", "--broker", broker, "--topic", topic, "--id", name]
         process = self.start(name, [*command, *options])
-        process.wait_for_log("serving")
+        process.wait_for_log("link up")
         return process
 
     def daemon(self, config: Mapping[str, object], name: str = "daemon") -> Process:

@@ -190,7 +190,8 @@ class MqttDoor:
             return
         self.counters.readings += 1
         name = sensor.name(message.topic)
-        back = _Return(f"{self._prefix}/results/{name}", message.qos, sensor=name)
+        correlation = message.properties.correlation_data
+        back = _Return(f"{self._prefix}/results/{name}", message.qos, correlation, sensor=name)
         if self.in_flight >= self._limit or self._busy_sensors[name] >= self._sensor_limit:
             self._overloaded(back, "earlier readings are being answered still")
             return

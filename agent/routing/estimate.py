@@ -15,10 +15,14 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import deque
 from dataclasses import dataclass
+from math import ceil
 
 WINDOW = 64
 """Samples kept: enough for a 95th percentile, few enough to follow a change within a minute of light traffic."""
 MAX_AGE_S = 60.0
+TIMEOUT_MEMORY_S = 5.0
+"""How long a timeout counts as the 95th percentile: long enough to ask others meanwhile, short enough to notice that
+the target is back. Timeouts that go on are the breaker's business."""
 
 
 class Window:
@@ -31,6 +35,7 @@ class Window:
         self._ordered: list[float] = []
 
     def add(self, now: float, value: float) -> None:
+        value = max(0.0, value)  # what a peer reports may be wrong: NaN counts as nothing too, and the order holds
         self._samples.append((now, value))
         insort(self._ordered, value)
         self._drop(now)
@@ -41,7 +46,7 @@ class Window:
             self._drop(now)
         if not self._ordered:
             return None
-        return self._ordered[min(len(self._ordered) - 1, int(q * len(self._ordered)))]
+        return self._ordered[max(0, ceil(q * len(self._ordered)) - 1)]
 
     def __len__(self) -> int:
         return len(self._ordered)
@@ -65,30 +70,33 @@ class Estimate:
 class TargetTimes:
     """Times of one variant on one target."""
 
-    __slots__ = ("_link", "_prior_s", "_service")
+    __slots__ = ("_link", "_prior_s", "_service", "_timed_out_at", "_waited_s")
 
     def __init__(self, prior_s: float) -> None:
         self._prior_s = prior_s
         self._service = Window()
         self._link = Window()
+        self._waited_s = 0.0
+        self._timed_out_at = float("-inf")
 
     def observe(self, now: float, *, service_s: float, link_s: float) -> None:
-        """An attempt succeeded."""
+        """An attempt succeeded. If it was slow that shows in its own time: earlier timeouts are forgotten."""
         self._service.add(now, service_s)
         self._link.add(now, link_s)
+        self._timed_out_at = float("-inf")
 
     def observe_timeout(self, now: float, waited_s: float) -> None:
         """An attempt was given up after `waited_s`: it would have taken at least that long."""
-        self._link.add(now, waited_s)
+        self._waited_s = max(waited_s, self._waited_s) if now - self._timed_out_at <= TIMEOUT_MEMORY_S else waited_s
+        self._timed_out_at = now
 
     def estimate(self, now: float, in_flight: int, parallel: int) -> Estimate:
+        floor_s = self._waited_s if now - self._timed_out_at <= TIMEOUT_MEMORY_S else 0.0
         service50 = self._service.quantile(0.5, now)
         service95 = self._service.quantile(0.95, now)
         link50 = self._link.quantile(0.5, now)
         link95 = self._link.quantile(0.95, now)
-        if link50 is None or link95 is None:
-            return Estimate(self._prior_s, self._prior_s, measured=False)
+        if link50 is None or link95 is None or service50 is None or service95 is None:
+            return Estimate(self._prior_s, max(floor_s, self._prior_s), measured=False)
         waiting = 1.0 + in_flight / parallel
-        if service50 is None or service95 is None:
-            return Estimate(link50, link95, measured=True)
-        return Estimate(link50 + service50 * waiting, link95 + service95 * waiting, measured=True)
+        return Estimate(link50 + service50 * waiting, max(floor_s, link95 + service95 * waiting), measured=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 
 from agent.config import RoutingSection
 from agent.core.clock import Clock
-from agent.core.errors import TargetBusy, TargetError, TargetTimeout
+from agent.core.errors import TargetBusy, TargetError, TargetFailed, TargetTimeout
 from agent.core.types import Attempt, Complexity, InferenceRequest, TargetAnswer
 from agent.registry.catalog import Family, Variant, complexity
 from agent.routing.breaker import Breaker, BreakerState
@@ -18,10 +19,15 @@ from agent.routing.estimate import Estimate, TargetTimes
 from agent.routing.policy import Candidate, Constraint, Decision, Question, decide
 from agent.targets.base import Target, TargetTraits
 
+log = logging.getLogger(__name__)
+
 MARGIN_S = 0.0005
 """Kept back from every deadline to build and send the answer, or to find a stale one."""
-GRACE_S = 0.020
-"""A target that overruns its attempt's deadline by this much is cut off."""
+RESERVE_FACTOR = 2.0
+RESERVE_SHARE = 0.1
+"""An attempt leaves the next target this multiple of its 95th percentile, and at least this share of what is left."""
+GRACE_S = 0.005
+"""A target that overruns its attempt's deadline by this much is cut off, and at the request's deadline in any case."""
 
 
 @dataclass(slots=True)
@@ -80,6 +86,8 @@ class Router:
             target.traits.name: TargetState(target, target.traits, Breaker(settings.breaker))
             for target in sorted(targets, key=lambda target: target.traits.order)
         }
+        if len(self._states) != len(targets):
+            raise ValueError("two targets have the same name")
         sizes, parameters = settings.model_size_thresholds, settings.parameter_thresholds
         self._simple = (sizes.edge_mcu * 1e6, parameters.simple)
         self._medium = (sizes.edge_gpu * 1e6, parameters.medium)
@@ -128,15 +136,20 @@ class Router:
         reasons = list(decision.reasons)
         cost_usd = 0.0
         late = False
-        for position, name in enumerate(decision.ranked[: request.max_retries + 1]):
+        for position, name in enumerate(decision.ranked):
+            tries_left = request.max_retries - len(attempts) + 1
+            if not tries_left:
+                break
             state, variant = self._states[name], variants[name]
             now = self._clock.monotonic()
-            until = self._attempt_deadline(request, decision.ranked[position + 1 :], variants, state, variant, now)
+            following = decision.ranked[position + 1 :] if tries_left > 1 else ()
+            until = self._attempt_deadline(request, following, variants, state, variant, now)
             if position > 0:
                 objection = self._objection(state, variant, until, now)
                 if objection:
-                    reasons.append(f"{name}: skipped: {objection}")
-                    late = late or until <= now
+                    constraint, text = objection
+                    reasons.append(f"{name}: skipped: {text}")
+                    late = late or constraint is Constraint.DEADLINE
                     continue
                 reasons.append(f"{name}: next in the chain")
             answer, attempt = await self._attempt(request, family, state, variant, until)
@@ -148,60 +161,68 @@ class Router:
             reasons.append(f"{name}: {attempt.outcome} after {attempt.elapsed_s * 1e3:.1f} ms: {attempt.error}")
         excluded = set(decision.excluded.values())
         late = late or Constraint.DEADLINE in excluded or self._clock.monotonic() >= request.deadline - MARGIN_S
-        busy = not attempts and Constraint.BUSY in excluded
+        busy = bool(attempts or Constraint.BUSY in excluded) and all(
+            attempt.outcome == TargetBusy.code for attempt in attempts
+        )
         raise NoAnswer(attempts, reasons, late=late, busy=busy, cost_usd=cost_usd)
 
     async def _attempt(
         self, request: InferenceRequest, family: Family, state: TargetState, variant: Variant, until: float
     ) -> tuple[TargetAnswer | None, Attempt]:
-        """One try. Feeds the breaker and the estimates; never raises a `TargetError`."""
+        """One try. Feeds the breaker and the estimates; raises nothing but `CancelledError` of its own task."""
         started = self._clock.monotonic()
         times = state.times_of(variant)
-        with self._counted(state, started):
+        usual_s = times.estimate(started, 0, 1).p50_s
+        cut_off = max(until, min(until + GRACE_S, request.deadline))
+        with self._counted(state, started) as probe:
+            error: TargetError
             try:
-                async with asyncio.timeout_at(until + GRACE_S):
+                # A span, not a moment: an event loop's clock may be coarser than ours.
+                async with asyncio.timeout(cut_off - started):
                     answer = await state.target.infer(request, family, variant, until)
             except TimeoutError:
-                error: TargetError = TargetTimeout("did not keep its deadline")
+                error = TargetTimeout("did not keep its deadline")
             except TargetError as raised:
                 error = raised
+            except asyncio.CancelledError:
+                if _cancelled_from_outside():
+                    raise
+                error = TargetFailed("the target cancelled what it was asked")
+            except (
+                Exception
+            ) as defect:  # a target's fault must not lose the request: it is named, and the next is asked
+                log.exception("target raised what is no TargetError", extra={"target": state.traits.name})
+                error = TargetFailed(f"{type(defect).__name__}: {defect}")
             else:
                 now = self._clock.monotonic()
                 state.breaker.succeeded()
                 times.observe(now, service_s=answer.compute_s, link_s=answer.link_s)
                 return answer, _attempt_record(state, variant, "ok", now - started)
         now = self._clock.monotonic()
-        self._count_failure(state, times, error, now, started, until)
-        return None, _attempt_record(state, variant, error.code, now - started, str(error))
-
-    @contextmanager
-    def _counted(self, state: TargetState, now: float) -> Iterator[None]:
-        """Holds the target's place while an attempt runs; also when it is cancelled."""
-        state.in_flight += 1
-        state.requests += 1
-        state.breaker.began(now)
-        try:
-            yield
-        except BaseException:
-            state.breaker.released()
-            raise
-        finally:
-            state.in_flight -= 1
-
-    def _count_failure(
-        self, state: TargetState, times: TargetTimes, error: TargetError, now: float, started: float, until: float
-    ) -> None:
         state.failures += 1
         if isinstance(error, TargetTimeout):
             times.observe_timeout(now, now - started)
-            # A wait shorter than the target usually takes says more about the deadline than about the target.
-            if until - started < times.estimate(now, 0, 1).p50_s / 2:
-                state.breaker.released()
-                return
-        if error.counts:
-            state.breaker.failed(now, permanent=error.permanent)
+        # A wait shorter than the target usually takes says more about the deadline than about the target.
+        hurried = isinstance(error, TargetTimeout) and until - started < usual_s / 2
+        if error.counts and not hurried:
+            state.breaker.failed(now, probe=probe, permanent=error.permanent)
         else:
-            state.breaker.released()
+            state.breaker.released(probe=probe)
+        return None, _attempt_record(state, variant, error.code, now - started, str(error))
+
+    @contextmanager
+    def _counted(self, state: TargetState, now: float) -> Iterator[bool]:
+        """Holds the target's place while an attempt runs; also when it is cancelled. Yields whether it is a probe."""
+        state.in_flight += 1
+        state.requests += 1
+        probe = state.breaker.began(now)
+        try:
+            yield probe
+        except BaseException:
+            state.breaker.released(probe=probe)
+            raise
+        finally:
+            state.in_flight -= 1
 
     def _candidate(self, state: TargetState, variant: Variant | None, now: float) -> Candidate:
         availability = state.target.availability()
@@ -231,20 +252,22 @@ class Router:
             breaker="" if state.breaker.allows(now) else _breaker_reason(state.breaker, now),
         )
 
-    def _objection(self, state: TargetState, variant: Variant, until: float, now: float) -> str:
+    def _objection(
+        self, state: TargetState, variant: Variant, until: float, now: float
+    ) -> tuple[Constraint, str] | None:
         """What has changed since the ranking: time has passed, others may have taken the place."""
         availability = state.target.availability()
         if not availability.available:
-            return availability.reason
+            return Constraint.UNAVAILABLE, availability.reason or "unavailable"
         if not state.breaker.allows(now):
-            return _breaker_reason(state.breaker, now)
+            return Constraint.BREAKER, _breaker_reason(state.breaker, now)
         if state.in_flight >= state.traits.max_concurrent:
-            return "busy"
+            return Constraint.BUSY, "busy"
         needed = state.times_of(variant).estimate(now, state.in_flight, state.traits.parallel).p50_s
         if now + needed > until:
             left = max(0.0, until - now)
-            return f"would take {needed * 1e3:.1f} ms, {left * 1e3:.1f} ms of the deadline left"
-        return ""
+            return Constraint.DEADLINE, f"would take {needed * 1e3:.1f} ms, {left * 1e3:.1f} ms are left for it"
+        return None
 
     def _attempt_deadline(
         self,
@@ -262,10 +285,13 @@ class Router:
         others = (
             other.times_of(variants[name]).estimate(now, other.in_flight, other.traits.parallel).p95_s
             for name in following
-            if (other := self._states[name]).breaker.allows(now)
+            if (other := self._states[name]).breaker.allows(now) and other.target.availability().available
         )
-        reserve = min(others, default=0.0)
-        until = min(end, max(end - reserve - MARGIN_S, now + own))
+        quickest = min(others, default=None)
+        until = end
+        if quickest is not None:
+            reserve = max(RESERVE_FACTOR * quickest, RESERVE_SHARE * (end - now))
+            until = min(end, max(end - reserve, now + own))
         until = min(until, now + state.traits.timeout_s)
         if request.timeout_ms is not None:
             until = min(until, now + request.timeout_ms / 1e3)
@@ -304,6 +330,11 @@ class Router:
             "failures": state.failures,
             "detail": dict(state.target.status()),
         }
+
+
+def _cancelled_from_outside() -> bool:
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
 
 
 def _breaker_reason(breaker: Breaker, now: float) -> str:

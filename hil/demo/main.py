@@ -19,7 +19,7 @@ from hil.demo.report import summarise, text
 from hil.demo.screen import Screen
 from hil.demo.script import Outage, Script
 from hil.linkcut import LinkCut
-from hil.processes import Stage, StartError, free_port
+from hil.processes import START_LIMIT_S, Stage, StartError, free_port
 from hil.virtual.control import Control
 
 GATEWAY = "demo"
@@ -29,6 +29,7 @@ RATE_HZ = 40.0
 REFRESH_S = 0.25
 LATE_S = 8.0
 """How long the last answers are waited for: longer than the longest deadline."""
+STATUS_LIMIT_S = 5.0
 MIN_SECONDS, MAX_SECONDS = 20.0, 3600.0
 CLOUD_LATENCY_MS = 30
 """Added by each worker to its answers: on one machine a cloud would be nearer than any is."""
@@ -47,7 +48,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"edge-agent demo: --seconds must be {MIN_SECONDS:.0f} to {MAX_SECONDS:.0f}, found {args.seconds:g}")
         return 2
     try:
-        summary = asyncio.run(_demo(args.seconds, args.http_port))
+        summary = asyncio.run(_demo(args.seconds, args.http_port, args.keep))
     except StartError as error:
         print(f"edge-agent demo: {error}")
         return 1
@@ -56,25 +57,27 @@ def main(args: argparse.Namespace) -> int:
     return 0 if summary["lost"] == 0 and summary["unlabelled_stale"] == 0 else 1
 
 
-async def _demo(seconds: float, http_port: int) -> dict[str, Any]:
+async def _demo(seconds: float, http_port: int, keep: Path | None) -> dict[str, Any]:
     catalog = load_catalog(catalog_path(None))
     ledger = Ledger()
     screen = Screen(SENSORS, ledger)
-    with Stage() as stage:
-        screen.console.print("starting two brokers, two cloud workers, a virtual microcontroller and the daemon …")
+    with Stage(keep) as stage:
+        screen.console.print("starting two brokers, two cloud workers, a virtual microcontroller and the daemon")
         ports = {"local": free_port(), "cloud": free_port(), "link": free_port(), "http": _http_port(http_port)}
         link = LinkCut(ports["link"], ports["cloud"])
         await link.start()
         mcu_port = stage.folder / "ttyMCU"
         control_path = stage.folder / "mcu.sock"
         await asyncio.to_thread(_start, stage, catalog, ports, mcu_port, control_path)
+        daemon = Daemon(ports["http"])
+        await asyncio.to_thread(daemon.wait_until_complete)
         screen.console.print(f"ready; the status page is at http://127.0.0.1:{ports['http']}/\n")
         for sensor in SENSORS:
             screen.console.print(f"  {sensor.name:8} {sensor.latency_class:9} {sensor.what}")
         screen.console.print("")
         try:
             started = time.monotonic()
-            script = Script(link, Control(control_path), await asyncio.to_thread(_runtime_pid, ports["http"]))
+            script = Script(link, Control(control_path), daemon.runtime_pid)
             players = [
                 Player(sensor, catalog, ledger, ports["local"], GATEWAY, RATE_HZ * sensor.share) for sensor in SENSORS
             ]
@@ -82,7 +85,7 @@ async def _demo(seconds: float, http_port: int) -> dict[str, Any]:
         finally:
             await link.stop()
         summary = summarise(ledger.rows(), outages, catalog, started)
-        text(summary, lambda line: screen.console.print(line, soft_wrap=True))
+        text(summary, lambda line: screen.console.print(line))
         return summary
 
 
@@ -114,7 +117,7 @@ def _config(folder: Path, ports: dict[str, int], mcu_port: Path) -> dict[str, ob
                     "kind": "gpu",
                     "broker": cloud,
                     "topic": f"{LANE}/gpu",
-                    "cost_per_request": 0.001,
+                    "cost_per_request": 0.0004,
                     "region": "us-east",
                 },
                 {
@@ -122,7 +125,7 @@ def _config(folder: Path, ports: dict[str, int], mcu_port: Path) -> dict[str, ob
                     "kind": "serverless",
                     "broker": cloud,
                     "topic": f"{LANE}/serverless",
-                    "cost_per_request": 0.0004,
+                    "cost_per_request": 0.001,
                     "region": "eu-central",
                 },
             ]
@@ -164,12 +167,28 @@ async def _play(seconds: float, screen: Screen, players: list[Player], ledger: L
     return script.outages()
 
 
-def _runtime_pid(http_port: int) -> int:
-    """Of the child process that runs the gateway's models."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/status", timeout=5) as response:
-        status = json.load(response)
-    target = next(target for target in status["targets"] if target["name"] == "edge_gpu")
-    return int(target["detail"]["pid"])
+class Daemon:
+    """The running daemon, as its `/status` shows it."""
+
+    def __init__(self, http_port: int) -> None:
+        self._url = f"http://127.0.0.1:{http_port}/status"
+
+    def targets(self) -> dict[str, dict[str, Any]]:
+        with urllib.request.urlopen(self._url, timeout=STATUS_LIMIT_S) as response:
+            return {target["name"]: target for target in json.load(response)["targets"]}
+
+    def runtime_pid(self) -> int | None:
+        """Of the child process that runs the gateway's models now."""
+        pid: int | None = self.targets()["edge_gpu"]["detail"]["pool"]["pid"]
+        return pid
+
+    def wait_until_complete(self) -> None:
+        """Until every tier can be asked. Raises `StartError`."""
+        end = time.monotonic() + START_LIMIT_S
+        while missing := [name for name, target in self.targets().items() if not target["available"]]:
+            if time.monotonic() > end:
+                raise StartError(f"not available after {START_LIMIT_S:.0f} s: {', '.join(missing)}")
+            time.sleep(REFRESH_S)
 
 
 def _http_port(wanted: int) -> int:

@@ -17,6 +17,8 @@ from paho.mqtt.enums import CallbackAPIVersion
 from agent.registry.catalog import Catalog
 from hil.demo.ledger import Asked, Ledger
 
+SUBSCRIBE_LIMIT_S = 5.0
+
 
 @dataclass(frozen=True)
 class Sensor:
@@ -48,13 +50,16 @@ class Player(threading.Thread):
         self._tensor = family.inputs[0].name
         self._halt = threading.Event()
         self._client = mqtt.Client(CallbackAPIVersion.VERSION2, f"sensor-{sensor.name}", protocol=mqtt.MQTTv5)
+        self._client.on_connect = lambda client, *_: client.subscribe(f"edge/{gateway}/results/{sensor.name}", qos=1)
+        self._client.on_subscribe = lambda *_: self._listening.set()
         self._client.on_message = self._on_message
+        self._listening = threading.Event()
         self._client.connect("127.0.0.1", broker_port)
-        self._client.subscribe(f"edge/{gateway}/results/{sensor.name}", qos=1)
         self._client.loop_start()
 
     def run(self) -> None:
         sensor, count = self._sensor, 0
+        self._listening.wait(SUBSCRIBE_LIMIT_S)
         due = time.monotonic()
         while not self._halt.wait(max(0.0, due - time.monotonic())):
             index = count % len(self._labels)

@@ -67,9 +67,11 @@ def _accuracy(rows: Iterable[Asked], catalog: Catalog) -> dict[str, dict[str, di
             variant = catalog.family(name).variant_for(_KIND[tier])
             if variant is not None:
                 recorded = variant.accuracy
-                # Two independent samples of the same population: the demo's and the catalogue's.
-                spread = recorded.value * (1 - recorded.value) * (1 / len(group) + 1 / recorded.samples)
-                error = Z * spread**0.5 + 0.5 / len(group)
+                # Two samples of one population, the demo's and the catalogue's: pooled share with two successes and two
+                # failures added (Agresti and Caffo 2000), so that a perfect score has an error as well.
+                right = value * len(group) + recorded.value * recorded.samples
+                pooled = (right + 2) / (len(group) + recorded.samples + 4)
+                error = Z * (pooled * (1 - pooled) * (1 / len(group) + 1 / recorded.samples)) ** 0.5
                 entry |= {
                     "catalogue": recorded.value,
                     "sampling_error": round(error, 4),
@@ -129,7 +131,7 @@ def text(summary: Mapping[str, Any], write: Callable[[str], None]) -> None:
                 verdict = "" if figure["agrees"] else " DIFFERS"
                 cell += f" ({figure['catalogue']:.1%} ± {figure['sampling_error']:.1%}){verdict}"
             elif tier == "fallback":
-                cell += " (earlier answers: right only while the reading has not changed)"
+                cell += " (earlier answers)"
             cells.append(cell)
         write(f"  {tier:18} {summary['tiers'][tier]:8}   {', '.join(cells)}")
     write("")

@@ -30,7 +30,7 @@ class Screen:
     """Redraws a table in a terminal; prints a block of lines now and then elsewhere."""
 
     def __init__(self, sensors: Sequence[Sensor], ledger: Ledger) -> None:
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, soft_wrap=True)
         self._sensors = sensors
         self._ledger = ledger
         self._scene = ""
@@ -63,9 +63,7 @@ class Screen:
             self._printed = now
             for sensor in self._sensors:
                 cells = self._cells(sensor, now)
-                self.console.print(
-                    f"          {cells[0]:18} {cells[1]:15} {cells[2]:>11} {cells[3]:>7}  {cells[4]}", soft_wrap=True
-                )
+                self.console.print(f"          {cells[0]:18} {cells[1]:15} {cells[2]:>11} {cells[3]:>7}  {cells[4]}")
 
     def _table(self, now: float) -> Table:
         table = Table(title=f"edge-agent: who answers whom  ({now - self._started:.0f} s)", expand=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -28,13 +29,19 @@ class Outage:
 
 
 class Script:
-    """Cuts the cloud link and mends it; unplugs the microcontroller; then hangs the gateway's runtime (SIGSTOP of the
-    process that runs it) and cuts the cloud link as well, so that nothing can be asked; then brings everything back."""
+    """Cuts the cloud link and mends it; unplugs the microcontroller; then hangs the gateway's runtime and cuts the
+    cloud link as well, so that nothing can be asked; then brings everything back.
 
-    def __init__(self, link: LinkCut, control: Control, runtime_pid: int) -> None:
+    The runtime hangs as a broken accelerator does: the process that runs it is stopped (SIGSTOP), and so is every new
+    one that the daemon starts in its place. `runtime_pid` tells which process that is now.
+    """
+
+    def __init__(self, link: LinkCut, control: Control, runtime_pid: Callable[[], int | None]) -> None:
         self._link = link
         self._control = control
         self._runtime_pid = runtime_pid
+        self._held: int | None = None
+        self._holding = False
         self._at: dict[str, float] = {}
         self._scenes: list[tuple[float, Callable[[], str]]] = [
             (0.18, self._cut),
@@ -51,6 +58,8 @@ class Script:
             event = scene()
             self._at[scene.__name__] = time.monotonic()
             say(event)
+        if self._holding:
+            self._hold()
 
     def outages(self) -> list[Outage]:
         """After the run."""
@@ -77,11 +86,22 @@ class Script:
 
     def _all_away(self) -> str:
         self._link.cut()
-        os.kill(self._runtime_pid, signal.SIGSTOP)
+        self._holding = True
+        self._hold()
         return "the gateway's runtime HANGS and the cloud link is CUT as well: nothing can be asked"
 
     def _all_back(self) -> str:
-        os.kill(self._runtime_pid, signal.SIGCONT)
+        self._holding = False
+        if self._held is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._held, signal.SIGCONT)
         self._link.mend()
         self._control.plug()
         return "everything is back"
+
+    def _hold(self) -> None:
+        pid = self._runtime_pid()
+        if pid is not None and pid != self._held:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+                self._held = pid
