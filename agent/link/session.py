@@ -138,8 +138,7 @@ class Session:
         if pong.data != data:
             raise ProtocolError(f"{self._transport.name}: PONG carries other bytes than its PING")
         if pong.t_tx < self._mcu_us:
-            # The MCU's clock went back: it was reset, and the HELLO that says so was lost.
-            self._greet_again()
+            self._greet_again()  # its clock went back: it was reset, and the HELLO that says so was lost
         self._mcu_us = pong.t_tx
         offset_s = (pong.t_rx / 1e6 - reply.sent_at + pong.t_tx / 1e6 - reply.received_at) / 2
         return Pinged(reply.round_trip_s, offset_s, (pong.t_tx - pong.t_rx) / 1e6)
@@ -307,8 +306,9 @@ class Session:
         return len(data)
 
     def _on_data(self, data: bytes) -> None:
-        self.last_received = self._clock.monotonic()
+        now = self._clock.monotonic()
         for message in self._inbox.feed(data):
+            self.last_received = now
             try:
                 self._notice(message)
             except ProtocolError:

@@ -113,6 +113,7 @@ class Board:
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._supervise(), name=f"mcu {self.port}")
+        self._task.add_done_callback(self._ended)
 
     async def stop(self) -> None:
         for task in (self._task, self._refreshing):
@@ -151,6 +152,13 @@ class Board:
             "mcu_counters": dict(self._mcu_counters),
         }
 
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Supervision ends by `stop` only; anything else is a defect that must not look like a board that is there."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            log.critical("%s: supervision ended", self.port, exc_info=error)
+            self._enter(BoardState.STOPPED, f"{self.port}: supervision ended: {error!r}")
+
     async def _supervise(self) -> None:
         while True:
             self._enter(BoardState.CONNECTING, self._reason if self._backoff.failures else f"{self.port}: connecting")
@@ -187,6 +195,7 @@ class Board:
         finally:
             self._session = self._hello = self._variant = None
             self._round_trip_s = self._clock_offset_s = None
+            self._mcu_counters = {}
             session.close()
 
     async def _watch(self, session: Session) -> LinkError:

@@ -26,6 +26,8 @@ class Message(Protocol):
 class Reader:
     """Takes fields off the front of a body. Every method raises `ProtocolError` where the body ends too early."""
 
+    __slots__ = ("_at", "_body", "_what")
+
     def __init__(self, what: str, body: bytes) -> None:
         self._what = what
         self._body = body

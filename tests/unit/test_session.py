@@ -25,7 +25,8 @@ from agent.link.calls import RemoteError
 from agent.link.push import ModelImage, push_model
 from agent.link.session import LINGER_S, Session
 from agent.wire.codes import ErrorCode, MessageType, ResetCause
-from agent.wire.frame import RETRY
+from agent.wire.fragments import Fragment
+from agent.wire.frame import FRAGMENT, RETRY, Frame
 from agent.wire.messages import Hello, Log, Stats, StatsReq
 
 KEY = MODEL_SHA256[:8]
@@ -366,6 +367,29 @@ async def test_a_stalled_line_refuses_instead_of_growing() -> None:
     assert_clean(session)
     line.full = False
     await session.infer(KEY, INPUTS, soon())
+
+
+@virtual_time
+async def test_whatever_a_peer_sends_little_of_it_is_kept() -> None:
+    mcu = FakeMcu()
+    session, line = await opened(mcu)
+    heard_at = session.last_received
+    await pass_time(1)
+    for _ in range(300):
+        line._deliver(b"\x55" * 10_000)
+    assert session.status()["oversize"] == 1
+    assert session._inbox.buffered == 0
+    line._deliver(b"\0")
+    # Pieces of an answer that never ends, and is too large from the start.
+    for total in (10_000, 1 << 30):
+        for number in range(200):
+            piece = Fragment(total, number * 4000, bytes(4000)).to_bytes()
+            line._deliver(Frame(MessageType.RESULT, FRAGMENT, number, 7, piece).encode())
+            assert session._inbox.buffered <= 10_000
+    assert session.counters.malformed > 0
+    assert session.last_received == heard_at  # noise is no sign of life
+    await session.infer(KEY, INPUTS, soon())
+    assert session.last_received > heard_at
 
 
 @virtual_time

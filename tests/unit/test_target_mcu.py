@@ -308,6 +308,19 @@ async def test_a_silent_board_is_noticed_and_opened_again() -> None:
 
 
 @virtual_time
+async def test_a_defect_in_the_supervision_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken(port: str, baud: int) -> Line:
+        raise ZeroDivisionError("a defect")
+
+    target = McuTarget(McuSection(ports=("/dev/a",)), CATALOG, LoopClock(), connect=broken)
+    await target.start()
+    await asyncio.sleep(1)
+    assert "a defect" in target.availability().reason
+    assert "supervision ended" in caplog.text
+    await target.stop()
+
+
+@virtual_time
 async def test_an_idle_line_is_pinged_and_a_busy_one_is_not() -> None:
     mcu = FakeMcu()
     bench = Bench({"/dev/a": mcu}, health_check_interval=2)
