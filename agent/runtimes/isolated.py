@@ -28,6 +28,7 @@ from agent.core.errors import TargetFailed, TargetTimeout, TargetUnavailable
 from agent.core.types import Tensor, Tensors
 from agent.runtimes import channel
 from agent.runtimes.base import LoadedModel, ModelFile, RunOutcome, RuntimeUnavailable
+from agent.runtimes.late import within
 from agent.runtimes.runners import RuntimeOptions
 
 log = logging.getLogger(__name__)
@@ -68,17 +69,17 @@ class _Call:
 
     async def outcome(self, timeout_s: float) -> RunOutcome:
         try:
-            await asyncio.wait((self.future,), timeout=timeout_s)
-            if not self.future.done():
-                waiting = "waiting for its turn" if self.sent is None else "in the runtime process"
-                raise TargetTimeout(f"no answer in {timeout_s * 1e3:.0f} ms, still {waiting}")
-        finally:
-            self.abandoned = not self.future.done()
-        header, outputs = self.future.result()
+            header, outputs = await within(self.future, timeout_s, self._where)
+        except (TargetTimeout, asyncio.CancelledError):
+            self.abandoned = True
+            raise
         if "error" in header:
             raise TargetFailed(header["error"])
         sent = self.submitted if self.sent is None else self.sent
         return RunOutcome(outputs, self.provider, sent - self.submitted, header["compute_s"])
+
+    def _where(self) -> str:
+        return "waiting for its turn" if self.sent is None else "in the runtime process"
 
     def fail(self, error: Exception) -> None:
         if not self.future.done():

@@ -17,30 +17,44 @@ from agent.runtimes.base import (
     RunOutcome,
     RuntimeFactory,
 )
+from agent.runtimes.late import within
 from agent.runtimes.runners import Runners
 
 
 class _Job:
-    """A call on its way through the workers."""
+    """A call on its way through the workers. `future` is the caller's, who may leave; `on_end` comes in any case."""
 
-    __slots__ = ("abandoned", "began", "call", "ended", "future", "submitted")
+    __slots__ = ("abandoned", "began", "call", "ended", "future", "on_end", "submitted")
 
-    def __init__(self, call: Callable[[], Any], future: asyncio.Future[Any], submitted: float) -> None:
+    def __init__(self, call: Callable[[], Any], on_end: Callable[[], None], submitted: float) -> None:
         self.call = call
-        self.future = future
+        self.on_end = on_end
+        self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.submitted = submitted
         self.began: float | None = None
         self.ended = submitted
         self.abandoned = False
 
+    async def result(self, timeout_s: float) -> Any:
+        """What the call returned or raised; `TargetTimeout` after `timeout_s`."""
+        try:
+            return await within(self.future, timeout_s, self._where)
+        except (TargetTimeout, asyncio.CancelledError):
+            self.abandoned = True
+            raise
+
     def finish(self, result: Any, error: Exception | None) -> None:
+        """On the event loop's thread, when the worker is free again."""
+        self.on_end()
         if self.future.done():
             return
         if error is None:
             self.future.set_result(result)
         else:
             self.future.set_exception(error)
-            self.future.exception()  # Marked as seen: nobody may be waiting any more.
+
+    def _where(self) -> str:
+        return "waiting for a thread" if self.began is None else "in the runtime"
 
 
 class Workers:
@@ -62,8 +76,8 @@ class Workers:
         """What the threads are doing."""
         return [job for job in self._jobs if job is not None]
 
-    def submit(self, call: Callable[[], Any]) -> _Job:
-        """Hand a call over. On an event loop's thread; `job.future` gets the result there."""
+    def submit(self, call: Callable[[], Any], on_end: Callable[[], None]) -> _Job:
+        """Hand a call over. On an event loop's thread."""
         loop = asyncio.get_running_loop()
         if not self._threads:
             self._threads = [
@@ -72,7 +86,7 @@ class Workers:
             ]
             for thread in self._threads:
                 thread.start()
-        job = _Job(call, loop.create_future(), self._clock.monotonic())
+        job = _Job(call, on_end, self._clock.monotonic())
         self._queue.put(job)
         return job
 
@@ -111,14 +125,7 @@ class _ThreadRun:
     async def outcome(self, timeout_s: float) -> RunOutcome:
         job = self._job
         try:
-            await asyncio.wait((job.future,), timeout=timeout_s)
-            if not job.future.done():
-                waiting = "waiting for a thread" if job.began is None else "in the runtime"
-                raise TargetTimeout(f"no answer in {timeout_s * 1e3:.0f} ms, still {waiting}")
-        finally:
-            job.abandoned = not job.future.done()
-        try:
-            outputs = job.future.result()
+            outputs = await job.result(timeout_s)
         except (ValueError, RuntimeError) as error:
             raise TargetFailed(str(error)) from None
         began = job.began if job.began is not None else job.ended
@@ -145,7 +152,7 @@ class ThreadEngine:
         return self._in_flight
 
     async def load(self, file: ModelFile) -> LoadedModel:
-        job = self._workers.submit(lambda: self._runners.load(file))
+        job = self._workers.submit(lambda: self._runners.load(file), lambda: None)
         loaded: LoadedModel = await job.future
         return loaded
 
@@ -162,9 +169,8 @@ class ThreadEngine:
 
     def submit(self, sha256: str, inputs: Tensors) -> _ThreadRun:
         runners = self._runners[sha256]
-        job = self._workers.submit(lambda: runners.run(inputs))
+        job = self._workers.submit(lambda: runners.run(inputs), self._ended)
         self._in_flight += 1
-        job.future.add_done_callback(self._ended)
         return _ThreadRun(job, runners.provider)
 
     def problem(self) -> str:
@@ -184,5 +190,5 @@ class ThreadEngine:
         self._workers.close()
         self._runners.close()
 
-    def _ended(self, _: asyncio.Future[Any]) -> None:
+    def _ended(self) -> None:
         self._in_flight -= 1
