@@ -18,8 +18,12 @@ Page = Callable[[Request], Awaitable[Response]]
 
 
 def status_page() -> Page:
-    """`page.html`, read once."""
-    response = _page(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    """`page.html` with `page.css` and `page.js` in it, read once."""
+    html, style, script = (
+        Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
+    )
+    html = html.replace("<style>page.css</style>", f"<style>\n{style}</style>")
+    response = _page(html.replace("<script>page.js</script>", f"<script>\n{script}</script>"))
 
     async def page(request: Request) -> Response:
         """The state of the gateway, for people."""
