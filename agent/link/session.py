@@ -226,10 +226,10 @@ class Session:
         if self._hello is not None and len(body) > max(self._hello.max_message, self._peer_max_frame - OVERHEAD):
             text = f"body of {len(body)} bytes; the MCU takes {self._hello.max_message}"
             raise RemoteError(self._transport.name, Error(ErrorCode.TOO_LARGE, text))
-        left_s = call.deadline - call.sent_at
-        call.timer = self._loop.call_later(left_s / 2 if call.repeat else left_s, self._overdue, call)
         call.settled = False
         call.bytes_sent = self._send(call.type, 0, call.id, body)
+        left_s = call.deadline - call.sent_at
+        call.timer = self._loop.call_later(left_s / 2 if call.repeat else left_s, self._overdue, call)
         if not call.bytes_sent:
             call.fail(again(self._error or LinkError(f"{self._transport.name}: stalled: its write buffer is full")))
 
