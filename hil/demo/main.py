@@ -85,8 +85,19 @@ async def _demo(seconds: float, http_port: int, keep: Path | None) -> dict[str, 
         finally:
             await link.stop()
         summary = summarise(ledger.rows(), outages, catalog, started)
+        if keep:
+            _write_answers(stage.folder / "answers.jsonl", ledger, started)
         text(summary, lambda line: screen.console.print(line))
         return summary
+
+
+def _write_answers(path: Path, ledger: Ledger, started: float) -> None:
+    """One line for each sample: what was asked when, and the whole answer."""
+    with path.open("w") as lines:
+        for row in ledger.rows():
+            asked = {"sensor": row.sensor, "truth": row.truth, "at_s": round(row.sent_s - started, 3)}
+            took = round((row.answered_s - row.sent_s) * 1e3, 3) if row.answer else None
+            lines.write(json.dumps({**asked, "took_ms": took, "answer": row.answer}) + "\n")
 
 
 def _start(stage: Stage, catalog: Catalog, ports: dict[str, int], mcu_port: Path, control: Path) -> None:
