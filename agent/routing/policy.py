@@ -105,7 +105,7 @@ def decide(question: Question, candidates: Sequence[Candidate], settings: Routin
     reasons: list[str] = []
     excluded: dict[str, Constraint] = {}
     possible: list[Candidate] = []
-    for candidate in candidates:
+    for candidate in sorted(candidates, key=_place):
         objection = _objection(question, candidate)
         if objection is None:
             possible.append(candidate)
@@ -120,7 +120,7 @@ def decide(question: Question, candidates: Sequence[Candidate], settings: Routin
     first, why = _first(question, possible, scores, settings)
     rest = sorted(
         (candidate for candidate in possible if candidate is not first),
-        key=lambda other: (_at_risk(question, other), _too_dear(question, other, settings), other.order),
+        key=lambda other: (_at_risk(question, other), _too_dear(question, other, settings), *_place(other)),
     )
     reasons.append(f"{first.name}: {why}")
     return Decision((first.name, *(candidate.name for candidate in rest)), scores, tuple(reasons), excluded)
@@ -166,7 +166,7 @@ def _first(
     """The target to ask first, and the rule that chose it."""
 
     def best(group: Sequence[Candidate]) -> Candidate:
-        return min(group, key=lambda candidate: (-scores[candidate.name], candidate.order))
+        return min(group, key=lambda candidate: (-scores[candidate.name], *_place(candidate)))
 
     in_time = [candidate for candidate in possible if not _at_risk(question, candidate)] or list(possible)
     group = [candidate for candidate in in_time if not candidate.backup] or in_time
@@ -178,10 +178,16 @@ def _first(
     affordable = [candidate for candidate in clouds if not _too_dear(question, candidate, settings)]
     if not edges:
         chosen = best(affordable or clouds)
-        return chosen, f"score {scores[chosen.name]:.0f}; no edge tier can answer"
+        risky = any(not candidate.tier.is_cloud for candidate in possible)
+        why = "is sure to be in time" if risky else "can answer"
+        return chosen, f"score {scores[chosen.name]:.0f}; no edge tier {why}"
     edge = best(edges)
     if not affordable:
-        why = "no cloud lane can answer" if not clouds else f"cloud costs more than {settings.max_cloud_cost:g} USD"
+        why = "no cloud lane can answer"
+        if clouds:
+            why = f"cloud costs more than {settings.max_cloud_cost:g} USD"
+        elif any(candidate.tier.is_cloud for candidate in possible):
+            why = "the only cloud lanes are backups or not sure to be in time"
         return edge, f"score {scores[edge.name]:.0f}; {why}"
     cloud = best(affordable)
     threshold = settings.edge_preference * scores[cloud.name]
@@ -191,6 +197,11 @@ def _first(
             f"score {scores[edge.name]:.0f} >= {settings.edge_preference:g} x {cloud.name} {scores[cloud.name]:.0f}",
         )
     return cloud, f"score {scores[cloud.name]:.0f}; {edge.name} {scores[edge.name]:.0f} is below {threshold:.0f}"
+
+
+def _place(candidate: Candidate) -> tuple[int, str]:
+    """In the fallback chain; lanes of one kind by name."""
+    return candidate.order, candidate.name
 
 
 def _at_risk(question: Question, candidate: Candidate) -> bool:

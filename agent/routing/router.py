@@ -291,7 +291,7 @@ class Router:
         until = end
         if quickest is not None:
             reserve = max(RESERVE_FACTOR * quickest, RESERVE_SHARE * (end - now))
-            until = min(end, max(end - reserve, now + own))
+            until = min(end, max(end - reserve - GRACE_S, now + own))
         until = min(until, now + state.traits.timeout_s)
         if request.timeout_ms is not None:
             until = min(until, now + request.timeout_ms / 1e3)
