@@ -50,6 +50,17 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
+async def stop(pid: int) -> None:
+    """SIGSTOP, and wait until every thread has stopped: one that runs on could still answer."""
+
+    def stopped() -> bool:
+        states = [stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
+        return all(state == "T" for state in states)
+
+    os.kill(pid, signal.SIGSTOP)
+    await until(stopped)
+
+
 @pytest.fixture
 async def pool(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RuntimePool]:
     monkeypatch.setattr(isolated, "BACKOFF_INITIAL_S", 0.01)
@@ -86,7 +97,7 @@ async def test_errors_of_the_model_cross_over(pool: RuntimePool) -> None:
 
 async def test_killed_fails_at_once_and_comes_back(pool: RuntimePool) -> None:
     pid = pool.status()["pid"]
-    os.kill(pid, signal.SIGSTOP)
+    await stop(pid)
     running = [asyncio.create_task(pool.run(TFLITE.sha256, X, in_s(SOON_S))) for _ in range(5)]
     await until(lambda: pool.status()["in_flight"] == 5)
     os.kill(pid, signal.SIGKILL)
@@ -104,7 +115,7 @@ async def test_killed_fails_at_once_and_comes_back(pool: RuntimePool) -> None:
 
 async def test_stopped_times_out_is_reported_and_replaced(pool: RuntimePool, monkeypatch: pytest.MonkeyPatch) -> None:
     pid = pool.status()["pid"]
-    os.kill(pid, signal.SIGSTOP)
+    await stop(pid)
     begun = in_s(0)
     with pytest.raises(TargetTimeout):
         await pool.run(TFLITE.sha256, X, in_s(0.15))
@@ -119,7 +130,7 @@ async def test_stopped_times_out_is_reported_and_replaced(pool: RuntimePool, mon
 
 async def test_a_short_stop_needs_no_restart(pool: RuntimePool) -> None:
     pid = pool.status()["pid"]
-    os.kill(pid, signal.SIGSTOP)
+    await stop(pid)
     with pytest.raises(TargetTimeout):
         await pool.run(TFLITE.sha256, X, in_s(0.12))
     os.kill(pid, signal.SIGCONT)
@@ -164,7 +175,7 @@ async def test_a_model_that_is_gone_at_the_restart_is_left_out(tmp_path: Path, m
 async def test_close_ends_the_process_and_what_waits(pool: RuntimePool) -> None:
     pid = pool.status()["pid"]
     fd = os.pidfd_open(pid)
-    os.kill(pid, signal.SIGSTOP)
+    await stop(pid)
     waiting = asyncio.create_task(pool.run(TFLITE.sha256, X, in_s(SOON_S)))
     await until(lambda: pool.status()["in_flight"] == 1)
     os.kill(pid, signal.SIGCONT)
