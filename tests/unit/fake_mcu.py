@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from agent.core.errors import LinkError
+from agent.link.session import Session
 from agent.wire.codes import Capability, ErrorCode, MessageType, ResetCause, SlotState
 from agent.wire.fragments import Reassembler, split
 from agent.wire.frame import FRAGMENT, MIN_MAX_FRAME, RETRY, Frame, FrameDecoder
@@ -21,6 +22,8 @@ from agent.wire.update import ModelBegin, ModelChunk, ModelStatus
 
 MODEL = b"the model that is active " * 40
 MODEL_SHA256 = hashlib.sha256(MODEL).digest()
+KEY = MODEL_SHA256[:8]
+INPUTS = bytes(range(16))
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
@@ -372,3 +375,24 @@ class Delayed(Line):
 
 
 LINES = [Line, ByteByByte, Lossy, Delayed]
+
+
+def soon(seconds: float = 10.0) -> float:
+    return asyncio.get_running_loop().time() + seconds
+
+
+async def opened(mcu: FakeMcu, kind: type[Line] = Line, **options: object) -> tuple[Session, Line]:
+    line = kind(mcu)
+    session = Session(line, LoopClock(), **options)  # type: ignore[arg-type]
+    await session.open(soon(60))
+    return session, line
+
+
+async def pass_time(seconds: float) -> None:
+    """Virtual time only."""
+    await asyncio.sleep(seconds)
+
+
+def assert_clean(session: Session) -> None:
+    assert session.pending_calls == 0
+    assert session.open_requests == 0

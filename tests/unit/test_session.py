@@ -9,49 +9,27 @@ from dataclasses import replace
 import pytest
 from fake_mcu import (
     HELLO,
+    INPUTS,
+    KEY,
     LINES,
-    MODEL_SHA256,
-    ByteByByte,
     Delayed,
     FakeMcu,
     Line,
-    LoopClock,
     Lossy,
+    assert_clean,
+    opened,
+    pass_time,
+    soon,
     virtual_time,
 )
 
 from agent.core.errors import LinkError, ProtocolError
 from agent.link.calls import RemoteError
-from agent.link.push import ModelImage, push_model
-from agent.link.session import LINGER_S, Session
-from agent.wire.codes import ErrorCode, MessageType, ResetCause
+from agent.link.session import LINGER_S
+from agent.wire.codes import ErrorCode, MessageType
 from agent.wire.fragments import Fragment
 from agent.wire.frame import FRAGMENT, RETRY, Frame
-from agent.wire.messages import Hello, Log, Stats, StatsReq
-
-KEY = MODEL_SHA256[:8]
-INPUTS = bytes(range(16))
-
-
-def soon(seconds: float = 10.0) -> float:
-    return asyncio.get_running_loop().time() + seconds
-
-
-async def opened(mcu: FakeMcu, kind: type[Line] = Line, **options: object) -> tuple[Session, Line]:
-    line = kind(mcu)
-    session = Session(line, LoopClock(), **options)  # type: ignore[arg-type]
-    await session.open(soon(60))
-    return session, line
-
-
-async def pass_time(seconds: float) -> None:
-    """Virtual time only."""
-    await asyncio.sleep(seconds)
-
-
-def assert_clean(session: Session) -> None:
-    assert session.pending_calls == 0
-    assert session.open_requests == 0
+from agent.wire.messages import Log, Stats, StatsReq
 
 
 @pytest.mark.parametrize("kind", LINES)
@@ -231,86 +209,6 @@ async def test_a_lost_line_fails_every_waiter_at_once_and_the_first_error_wins()
         await session.infer(KEY, INPUTS, soon())
 
 
-@pytest.mark.parametrize("kind", [Line, ByteByByte, Delayed])
-@virtual_time
-async def test_a_new_boot_fails_all_and_is_adopted(kind: type[Line]) -> None:
-    heard: list[Hello] = []
-    mcu = FakeMcu(compute_s=5)
-    session, _ = await opened(mcu, kind, on_hello=heard.append)
-    calls = [asyncio.create_task(session.infer(KEY, INPUTS, soon(60))) for _ in range(9)]
-    await pass_time(1)
-    mcu.boot(ResetCause.WATCHDOG)
-    outcomes = await asyncio.gather(*calls, return_exceptions=True)
-    assert all("reset (WATCHDOG)" in str(outcome) for outcome in outcomes)
-    assert session.open_requests == 0
-    await pass_time(1)
-    assert_clean(session)
-    assert [hello.boot_id for hello in heard] == [1, 2]
-    assert session.counters.resets == 1
-    assert session.counters.lost_frames == 0
-    # It was greeted again, so frames of full size travel.
-    mcu.compute_s = 0
-    assert (await session.infer(KEY, bytes(1000), soon())).message.outputs == bytes(4)
-    assert sum(frame.type == MessageType.HELLO_REQ for frame in mcu.seen) == 2
-
-
-@virtual_time
-async def test_a_reset_whose_hello_was_lost_is_noticed_by_the_clock() -> None:
-    mcu = FakeMcu()
-    session, _ = await opened(mcu)
-    await session.ping(b"", soon())
-    await pass_time(5)
-    await session.ping(b"", soon())
-    mcu.boot(ResetCause.BROWN_OUT, say=False)
-    await session.ping(b"", soon())
-    await pass_time(0.1)
-    assert session.hello.boot_id == 2
-    assert session.counters.resets == 1
-
-
-@virtual_time
-async def test_an_mcu_that_does_not_come_back_ends_the_session() -> None:
-    mcu = FakeMcu()
-    session, line = await opened(mcu)
-    mcu.boot()
-    mcu.mute = set(MessageType)
-    assert "no HELLO" in str(await session.wait_lost())
-    assert line.closed
-
-
-@virtual_time
-async def test_another_major_version_is_permanent() -> None:
-    for mcu in (FakeMcu(replace(HELLO, major=2)), FakeMcu()):
-        session = Session(Line(mcu), LoopClock())
-        if mcu.hello.major == 1:
-            await session.open(soon())
-            mcu.hello = replace(mcu.hello, major=3)
-            mcu.boot()
-            error = await session.wait_lost()
-        else:
-            with pytest.raises(LinkError) as caught:
-                await session.open(soon())
-            error = caught.value
-        assert error.permanent
-        session.close()
-
-
-@virtual_time
-async def test_silence_and_a_wrong_baud_rate_are_told_apart() -> None:
-    mcu = FakeMcu()
-    mcu.mute = set(MessageType)
-    session = Session(Line(mcu), LoopClock())
-    with pytest.raises(LinkError, match="is there a microcontroller"):
-        await session.open(soon(3))
-    line = Line(mcu)
-    session = Session(line, LoopClock())
-    opening = asyncio.create_task(session.open(soon(3)))
-    await pass_time(0.1)
-    line._deliver(b"\x8f\x17\x91\0" * 5)
-    with pytest.raises(LinkError, match="baud"):
-        await opening
-
-
 @virtual_time
 async def test_refusals_carry_code_and_text() -> None:
     session, _ = await opened(FakeMcu())
@@ -342,20 +240,6 @@ async def test_wrong_and_broken_answers_are_protocol_errors() -> None:
         with pytest.raises(ProtocolError):
             await call
     assert_clean(session)
-
-
-@virtual_time
-async def test_a_broken_hello_is_a_protocol_error() -> None:
-    mcu = FakeMcu()
-    mcu.mute = {MessageType.HELLO}
-    session = Session(Line(mcu), LoopClock())
-    opening = asyncio.create_task(session.open(soon()))
-    await pass_time(0.01)
-    mcu.mute = set()
-    mcu.say(MessageType.HELLO, 1, b"\x01\x00short")
-    with pytest.raises(ProtocolError, match="HELLO of 7 bytes"):
-        await opening
-    assert session.counters.malformed == 1
 
 
 @virtual_time
@@ -432,22 +316,6 @@ async def test_stats_logs_gaps_and_unknown_types() -> None:
 
 
 @virtual_time
-async def test_reset_waits_until_the_mcu_is_back() -> None:
-    mcu = FakeMcu()
-    session, _ = await opened(mcu, Delayed)
-    hello = await session.reset(soon())
-    assert (hello.boot_id, hello.reset_cause) == (2, ResetCause.SOFTWARE)
-
-
-@virtual_time
-async def test_reset_whose_hello_was_lost() -> None:
-    mcu = FakeMcu()
-    session, _ = await opened(mcu)
-    mcu.boot = lambda cause=ResetCause.SOFTWARE, say=False: FakeMcu.boot(mcu, cause, say=False)  # type: ignore[method-assign]
-    assert (await session.reset(soon())).boot_id == 2
-
-
-@virtual_time
 async def test_ids_skip_zero_and_those_that_are_open() -> None:
     mcu = FakeMcu(compute_s=1)
     session, _ = await opened(mcu)
@@ -458,64 +326,3 @@ async def test_ids_skip_zero_and_those_that_are_open() -> None:
     await session.request(StatsReq(), Stats, soon())
     assert [frame.id for frame in mcu.seen[1:]] == [0xFFFFFFFF, 1, 2]
     await asyncio.gather(*calls)
-
-
-@pytest.mark.parametrize("kind", LINES)
-@virtual_time
-async def test_push_activates_a_model(kind: type[Line]) -> None:
-    mcu = FakeMcu()
-    session, _ = await opened(mcu, kind)
-    image = ModelImage(hashlib.shake_128(b"model").digest(30_000), counter=8, selftest=bytes(74))
-    steps: list[tuple[int, int]] = []
-    status = await push_model(session, image, LoopClock(), lambda done, total: steps.append((done, total)))
-    assert status.complete
-    assert mcu.flashed == [image.data]
-    assert steps[-1] == (30_074, 30_074)
-    active = session.hello.active
-    assert active is not None
-    assert active.sha256 == hashlib.sha256(image.model).digest()
-    await pass_time(LINGER_S * 2)
-    assert_clean(session)
-
-
-@virtual_time
-async def test_push_resumes_where_it_was_cut() -> None:
-    mcu = FakeMcu()
-    image = ModelImage(hashlib.shake_128(b"model").digest(30_000), counter=8)
-    session, line = await opened(mcu, Delayed)
-    pushing = asyncio.create_task(push_model(session, image, LoopClock()))
-    await pass_time(0.7)
-    line.unplug()
-    with pytest.raises(LinkError):
-        await pushing
-    before = [frame for frame in mcu.seen if frame.type == MessageType.MODEL_CHUNK]
-    assert before
-    session, _ = await opened(mcu)
-    await push_model(session, image, LoopClock())
-    assert mcu.flashed == [image.data]
-    chunks = [frame for frame in mcu.seen if frame.type == MessageType.MODEL_CHUNK]
-    assert len(chunks) == -(-30_000 // (HELLO.max_frame - 16))
-
-
-@virtual_time
-async def test_push_leaves_a_place_to_inferences_and_tells_refusals() -> None:
-    mcu = FakeMcu()
-    session, _ = await opened(mcu, Delayed)
-    pushing = asyncio.create_task(push_model(session, ModelImage(bytes(60_000), counter=8), LoopClock()))
-    await pass_time(0.5)
-    assert not pushing.done()
-    await session.infer(KEY, INPUTS, soon(0.3))
-    await pushing
-    with pytest.raises(RemoteError, match="DOWNGRADE"):
-        await push_model(session, ModelImage(b"older", counter=1), LoopClock())
-
-
-@virtual_time
-async def test_push_to_a_silent_mcu_ends() -> None:
-    mcu = FakeMcu()
-    session, _ = await opened(mcu)
-    mcu.mute = {MessageType.MODEL_STATUS}
-    with pytest.raises(TimeoutError, match="MODEL_BEGIN in 4 tries"):
-        await push_model(session, ModelImage(b"model", counter=8), LoopClock())
-    await pass_time(LINGER_S * 2)
-    assert_clean(session)
