@@ -8,7 +8,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 from cache_fakes import FRESH_S, OTHER_SHA, SHA, STALE_S, answer, key, opened, value_of
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.core.clock import ManualClock
@@ -110,6 +110,7 @@ def test_cached_outputs_cannot_be_changed() -> None:
         cache.get(key(1)).entry.outputs["probabilities"][:] = 9  # type: ignore[union-attr]
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=64))
 def test_unpacking_damaged_bytes_raises_nothing_but_value_errors(data: bytes) -> None:
     packed = pack_tensors({"p": np.ones((1, 2), np.float32)})
@@ -140,6 +141,7 @@ operations = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(operations, st.integers(1, 4))
 def test_behaves_like_a_simple_model(steps: list[tuple[str, int, str]], size: int) -> None:
     clock = ManualClock()
