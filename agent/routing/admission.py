@@ -310,15 +310,20 @@ def _array(value: object, spec: FamilyTensor) -> Tensor:
     return array
 
 
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
 def _checked(value: Tensor, spec: FamilyTensor) -> Tensor:
-    """The tensor in the canonical dtype and shape. A flat array or one without the leading 1 is taken as well."""
+    """The tensor in the canonical dtype and shape. A flat array, or one that lacks dimensions of 1, is taken as well."""
     field = f"inputs.{spec.name}"
     if value.dtype.kind not in "fiu":
         _refuse(field, f"must be numbers of shape {list(spec.shape)}")
     shape = spec.shape
     flat = int(np.prod(shape))
-    if value.size != flat or value.shape not in (shape, (flat,), shape[1:]):
-        _refuse(field, f"must have shape {list(shape)} (or {list(shape[1:])}, or [{flat}]), found {list(value.shape)}")
+    if value.shape != shape and value.shape != (flat,) and _squeezed(value.shape) != _squeezed(shape):
+        others = " or ".join(dict.fromkeys((str(list(_squeezed(shape))), str([flat]))))
+        _refuse(field, f"must have shape {list(shape)} (or {others}), found {list(value.shape)}")
     with np.errstate(over="ignore", invalid="ignore"):
         tensor = np.ascontiguousarray(value, dtype=spec.dtype).reshape(shape)
     if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
