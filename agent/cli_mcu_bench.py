@@ -39,7 +39,8 @@ class PtyEcho:
     def __init__(self) -> None:
         far, self._near = pty.openpty()
         tty.setraw(self._near)
-        self._process = subprocess.Popen([sys.executable, "-S", "-c", _ECHO, str(far)], pass_fds=[far])
+        command = [sys.executable, "-S", "-c", _ECHO, str(far)]
+        self._process = subprocess.Popen(command, pass_fds=[far], stderr=subprocess.DEVNULL)
         os.close(far)
         self.round_trip(b"ready")
 
