@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Final
 
 from agent.core.clock import Clock
@@ -28,6 +29,8 @@ RECONNECT_INITIAL_S: Final = 0.1
 """First wait after a lost port: a re-enumerating USB device is back within a few tenths of a second."""
 RECONNECT_MAX_S: Final = 5.0
 """Longest wait: a board that was plugged in again is found within this, and looking for it costs one open()."""
+PRESENCE_POLL_S: Final = 0.1
+"""How soon a port that has come back is tried: a look at the file system costs a few microseconds."""
 STABLE_S: Final = 10.0
 """A line that lived this long begins its back-off anew; one that flaps does not."""
 PING_TIMEOUT_S: Final = 1.0
@@ -173,7 +176,17 @@ class Board:
                 self._backoff.succeeded()
             wait_s = self._backoff.failed(self._clock.monotonic(), permanent=error.permanent)
             self._enter(BoardState.WAITING, str(error))
-            await asyncio.sleep(wait_s)
+            await self._pause(wait_s)
+
+    async def _pause(self, wait_s: float) -> None:
+        """Wait, but not for a port that was gone and has come back: it was plugged in again."""
+        end = self._clock.monotonic() + wait_s
+        gone = not self._present()
+        while (left := end - self._clock.monotonic()) > 0 and not (gone and self._present()):
+            await asyncio.sleep(min(left, PRESENCE_POLL_S))
+
+    def _present(self) -> bool:
+        return Path(self.port).exists()
 
     async def _converse(self) -> LinkError:
         """One connection, from opening the port to its end."""
