@@ -182,7 +182,7 @@ class Board:
         """Wait, but not for a port that was gone and has come back: it was plugged in again."""
         end = self._clock.monotonic() + wait_s
         gone = not self._present()
-        while (left := end - self._clock.monotonic()) > 0 and not (gone and self._present()):
+        while (left := end - self._clock.monotonic()) > 0 and not (gone and self._present()):  # noqa: ASYNC110 no event
             await asyncio.sleep(min(left, PRESENCE_POLL_S))
 
     def _present(self) -> bool:
