@@ -181,6 +181,9 @@ class MqttLink:
             return error
         except LinkError as error:
             return error
+        except Exception as error:  # a host name that cannot be one, for example: the link must outlive it
+            log.exception("a connection failed in an unforeseen way", extra={"link": self.name})
+            return LinkError(f"cannot connect: {error}", permanent=True)
         finally:
             self._connection = None
             connection.abort()

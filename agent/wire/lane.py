@@ -36,7 +36,8 @@ def request_topic(lane: str, model: str, sha256: str) -> str:
 
 
 def reply_topic(lane: str, gateway: str, instance: str) -> str:
-    return f"{lane}/replies/{gateway}-{instance}"
+    """Where answers to one daemon go. The gateway has a level of its own, for the broker's access list."""
+    return f"{lane}/replies/{gateway}/{instance}"
 
 
 def presence_topic(lane: str, worker: str) -> str:

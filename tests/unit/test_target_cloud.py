@@ -154,7 +154,7 @@ async def test_request_and_answer(rig: Rig) -> None:
     budget_ms = float(message.properties.get(protocol.BUDGET_MS) or "nan")
     assert 0 < budget_ms <= 4500
     assert message.properties.message_expiry_s == math.ceil(budget_ms / 1e3)
-    assert (message.properties.response_topic or "").startswith(f"{TOPIC}/replies/gw-")
+    assert (message.properties.response_topic or "").startswith(f"{TOPIC}/replies/gw/")
     sent = oip.decode_request(message.payload, oip.header_length(message.properties.get(oip.HEADER_LENGTH)))
     np.testing.assert_array_equal(sent.inputs["x"], [[1, 2, 3, 4]])
     rig.reply(message)

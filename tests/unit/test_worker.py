@@ -254,6 +254,7 @@ async def test_stop_answers_what_is_here_and_takes_no_more(rig: Rig) -> None:
     rig.ask(b"too late")
     pool.gate.set()
     await asyncio.wait_for(stopping, 10)
+    await rig.answers()
     assert [reply.properties.correlation_data for reply in rig.replies] == [b"here"]
 
 
