@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import replace
+from copy import copy
+from dataclasses import dataclass, replace
 
 from agent.config import RoutingSection
 from agent.core.clock import Clock
-from agent.core.errors import DeadlineExceeded, InferenceError, Overloaded, Unavailable
+from agent.core.errors import DeadlineExceeded, InferenceError, InvalidRequest, Overloaded, Unavailable
 from agent.core.types import Attempt, InferenceRequest, InferenceResult, Tier
 from agent.registry.catalog import Catalog, Family
 from agent.registry.tensors import classify
 from agent.routing.router import NoAnswer, Routed, Router
-from agent.store.cache import Freshness, Hit, ResultCache, cache_key
+from agent.store.cache import CacheKey, Freshness, Hit, ResultCache, cache_key
 from agent.telemetry.metrics import Metrics
+
+log = logging.getLogger(__name__)
 
 MAX_REMEMBERED_KEYS = 4096
 """Idempotency keys whose answers are kept; the least recent is forgotten first."""
@@ -23,6 +27,19 @@ MAX_RECENT = 50
 """Answers kept for the status page."""
 RETRY_AFTER_S = 1.0
 """What a caller is told who found every place taken."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What was asked under an idempotency key, and its answer, perhaps still to come."""
+
+    question: CacheKey
+    answer: asyncio.Future[InferenceResult]
+    answered: float = 0.0
+
+    def void(self) -> bool:
+        """It ended without an answer, so the same may be asked again."""
+        return self.answer.done() and (self.answer.cancelled() or self.answer.exception() is not None)
 
 
 class Pipeline:
@@ -43,7 +60,7 @@ class Pipeline:
         self._metrics = metrics
         self._clock = clock
         self._max_in_flight = settings.max_in_flight
-        self._by_key: OrderedDict[tuple[str, str, str], asyncio.Future[InferenceResult]] = OrderedDict()
+        self._by_key: OrderedDict[tuple[str, str, str], _Kept] = OrderedDict()
         self._idle = asyncio.Event()
         self._idle.set()
         self.in_flight = 0
@@ -51,28 +68,62 @@ class Pipeline:
         self.listeners: list[Callable[[InferenceRequest, InferenceResult | InferenceError], None]] = []
 
     async def infer(self, request: InferenceRequest) -> InferenceResult:
-        """Answer by the request's deadline, once for each idempotency key. Raises `InferenceError`."""
+        """Answer by the request's deadline, once for each idempotency key. Raises `InferenceError` and nothing else."""
         if request.idempotency_key is None:
             return await self._recorded(request)
         key = (request.producer, request.model, request.idempotency_key)
-        known = self._by_key.get(key)
-        if known is not None and not (known.done() and (known.cancelled() or known.exception())):
+        question = cache_key(request.model, request.variant, request.inputs)
+        while (known := self._by_key.get(key)) is not None and not known.void():
             self._by_key.move_to_end(key)
-            result = await asyncio.shield(known)
-            return replace(
-                result, request_id=request.id, reasons=("answered before under the same key", *result.reasons)
-            )
-        self._by_key[key] = future = asyncio.get_running_loop().create_future()
-        future.add_done_callback(_retrieve)
+            again = await self._again(request, question, known)
+            if again is not None:
+                return again
+        self._by_key[key] = kept = _Kept(question, asyncio.get_running_loop().create_future())
+        self._by_key.move_to_end(key)
         if len(self._by_key) > MAX_REMEMBERED_KEYS:
             self._by_key.popitem(last=False)
         try:
             result = await self._recorded(request)
         except BaseException as error:
-            future.set_exception(error) if isinstance(error, InferenceError) else future.cancel()
+            if isinstance(error, InferenceError):
+                kept.answer.set_exception(error)
+                kept.answer.exception()  # nobody may be waiting: it is not to be reported as unseen
+            else:
+                kept.answer.cancel()
             raise
-        future.set_result(result)
+        kept.answered = self._clock.monotonic()
+        kept.answer.set_result(result)
         return result
+
+    async def _again(self, request: InferenceRequest, question: CacheKey, known: _Kept) -> InferenceResult | None:
+        """The answer to the same request under another id; None if whoever asked for it went away before it came."""
+        if question != known.question:
+            reuse = InvalidRequest("idempotency_key: was used for another question before", field="idempotency_key")
+            raise _addressed(reuse, request)
+        try:
+            async with asyncio.timeout(max(0.0, request.deadline - self._clock.monotonic())):
+                result = await asyncio.shield(known.answer)
+        except InferenceError as error:
+            raise _addressed(copy(error), request) from None
+        except TimeoutError:
+            late = DeadlineExceeded("the same request, asked before, is not answered yet")
+            raise _addressed(late, request) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if known.void() and task is not None and not task.cancelling():
+                return None
+            raise
+        now = self._clock.monotonic()
+        return replace(
+            result,
+            request_id=request.id,
+            cached=True,
+            age_s=result.age_s + now - known.answered,
+            total_s=now - request.received,
+            deadline_met=now <= request.deadline,
+            cost_usd=0.0,
+            reasons=("daemon: answered before under the same idempotency key", *result.reasons),
+        )
 
     async def drained(self, timeout_s: float) -> bool:
         """Wait until nothing is in flight, at most `timeout_s`. False if something still is."""
@@ -91,10 +142,13 @@ class Pipeline:
         try:
             result = await self._answer(request)
         except InferenceError as error:
-            error.request_id = request.id
-            self._metrics.refused(error, request.latency_class)
-            self._record(request, error)
+            self._refused(request, error)
             raise
+        except Exception as defect:
+            log.exception("a request failed inside the daemon", extra={"request_id": request.id})
+            internal = InferenceError(f"{type(defect).__name__} inside the daemon; its log says more")
+            self._refused(request, internal)
+            raise internal from defect
         except BaseException:
             self._metrics.abandoned()
             raise
@@ -166,11 +220,11 @@ class Pipeline:
         cost_usd: float = 0.0,
     ) -> InferenceResult:
         """The same input's cached answer, else the producer's last one, labelled; else the refusal, raised."""
-        why = "cache: nothing could be asked; an earlier answer to the same input"
+        why = "cache: no target answered; an earlier answer to the same input"
         same_input = True
         if hit is None:
             hit = self._cache.last_known(request.producer, request.model, request.variant)
-            why = f"cache: nothing could be asked; the last known answer of producer {request.producer}"
+            why = f"cache: no target answered; the last known answer of producer {request.producer}"
             same_input = False
         if hit is None:
             refusal.attempts, refusal.reasons = attempts, (*reasons, "cache: no earlier answer")
@@ -211,16 +265,22 @@ class Pipeline:
             reasons=reasons,
         )
 
+    def _refused(self, request: InferenceRequest, error: InferenceError) -> None:
+        self._metrics.refused(_addressed(error, request), request.latency_class)
+        self._record(request, error)
+
     def _record(self, request: InferenceRequest, outcome: InferenceResult | InferenceError) -> None:
         self.recent.append((self._clock.wall(), outcome))
         for listener in self.listeners:
-            listener(request, outcome)
+            try:
+                listener(request, outcome)
+            except Exception:  # who listens must not take the answer from who asked
+                log.exception("a listener failed", extra={"request_id": request.id})
 
 
-def _retrieve(future: asyncio.Future[InferenceResult]) -> None:
-    """Nobody may be waiting for a duplicate's answer: its error is not to be reported as unseen."""
-    if not future.cancelled():
-        future.exception()
+def _addressed(error: InferenceError, request: InferenceRequest) -> InferenceError:
+    error.request_id = request.id
+    return error
 
 
 def _refusal(failure: NoAnswer) -> InferenceError:

@@ -32,13 +32,14 @@ class ComponentState(StrEnum):
 class Component:
     """State of one part of the daemon, and since when."""
 
-    def __init__(self, name: str, clock: Clock, stall_s: float | None = None) -> None:
+    def __init__(self, name: str, clock: Clock) -> None:
         self.name = name
         self.state = ComponentState.STARTING
         self.reason = ""
         self._clock = clock
-        self._stall_s = stall_s
+        self._stall_s: float | None = None
         self._since = self._beaten = clock.monotonic()
+        self._resting = False
 
     def set(self, state: ComponentState, reason: str = "") -> None:
         """Change the state; the same state again keeps `since`."""
@@ -52,9 +53,19 @@ class Component:
         """The component is alive: it went once round its loop."""
         self._beaten = self._clock.monotonic()
 
+    def rest(self, *, resting: bool) -> None:
+        """It waits to be restarted, which is no stall; or it runs again."""
+        self._resting = resting
+        self.beat()
+
+    def may_stall(self, stall_s: float) -> None:
+        """How long it may go without a beat."""
+        self._stall_s = stall_s
+
     def overdue(self) -> bool:
-        """Whether it has not beaten for longer than it may."""
-        return self._stall_s is not None and self._clock.monotonic() - self._beaten > self._stall_s
+        """Whether it runs and has not beaten for longer than it may."""
+        silent_s = self._clock.monotonic() - self._beaten
+        return self._stall_s is not None and not self._resting and silent_s > self._stall_s
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -68,16 +79,20 @@ class Component:
 class Supervisor:
     """Owns the background tasks of the daemon."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, chance: Callable[[], float] = random.random) -> None:
         self._clock = clock
+        self._chance = chance
         self._components: dict[str, Component] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     def component(self, name: str, stall_s: float | None = None) -> Component:
         """The component of that name, made at its first mention. `stall_s`: how long it may go without a beat."""
-        if name not in self._components:
-            self._components[name] = Component(name, self._clock, stall_s)
-        return self._components[name]
+        component = self._components.get(name)
+        if component is None:
+            component = self._components[name] = Component(name, self._clock)
+        if stall_s is not None:
+            component.may_stall(stall_s)
+        return component
 
     def spawn(self, name: str, work: Callable[[Component], Awaitable[None]], stall_s: float | None = None) -> None:
         """Run `work(component)` until `stop`; when it raises or returns, run it again after a back-off."""
@@ -98,15 +113,24 @@ class Supervisor:
         self._tasks.clear()
 
     async def _run(self, component: Component, work: Callable[[Component], Awaitable[None]]) -> None:
-        backoff = Backoff(RESTART_INITIAL_S, RESTART_MAX_S, random.random)
+        backoff = Backoff(RESTART_INITIAL_S, RESTART_MAX_S, self._chance)
         while True:
+            started = self._clock.monotonic()
             try:
                 await work(component)
                 reason = "ended"
-            except asyncio.CancelledError:
-                raise
+            except asyncio.CancelledError as error:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                reason = f"{type(error).__name__}: what it waited for was cancelled"
             except Exception as error:  # the one place where any fault of a task is caught: it is named and restarted
                 log.exception("task failed", extra={"component": component.name})
                 reason = f"{type(error).__name__}: {error}"
+            now = self._clock.monotonic()
+            if now - started > RESTART_MAX_S:
+                backoff.succeeded()
             component.set(ComponentState.DOWN, reason)
-            await asyncio.sleep(backoff.failed(self._clock.monotonic()))
+            component.rest(resting=True)
+            await asyncio.sleep(backoff.failed(now))
+            component.rest(resting=False)

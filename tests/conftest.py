@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from fakes import make_catalog
+from fakes import FakeTarget, make_catalog
 from hypothesis import settings
 
+from agent.config import RoutingSection
 from agent.core.clock import ManualClock
+from agent.core.types import Tier
 from agent.registry.catalog import Catalog, Family
+from agent.routing.router import Router
 
 # Examples are cheap here, machines are not: a gateway's own CPU may be as slow as the slowest of them.
 settings.register_profile("edge", deadline=None, print_blob=True)
@@ -27,3 +30,19 @@ def catalog() -> Catalog:
 @pytest.fixture(scope="session")
 def family(catalog: Catalog) -> Family:
     return catalog.family("toy")
+
+
+@pytest.fixture
+def fleet() -> dict[str, FakeTarget]:
+    targets = [
+        FakeTarget(Tier.EDGE_MCU),
+        FakeTarget(Tier.EDGE_GPU),
+        FakeTarget(Tier.CLOUD_GPU, cost_usd=0.002),
+        FakeTarget(Tier.CLOUD_SERVERLESS, cost_usd=0.004),
+    ]
+    return {target.traits.name: target for target in targets}
+
+
+@pytest.fixture
+def router(fleet: dict[str, FakeTarget], clock: ManualClock) -> Router:
+    return Router(list(fleet.values()), RoutingSection(), clock)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import pytest
 
-from agent.core.clock import Clock
-from agent.core.types import InferenceRequest, LatencyClass, TargetAnswer, Tier
+from agent.core.clock import Clock, ManualClock
+from agent.core.types import Attempt, InferenceRequest, LatencyClass, TargetAnswer, Tier
 from agent.registry.catalog import Catalog, Family, TargetKind, Variant
+from agent.routing.router import NoAnswer, Router
 from agent.targets.base import AVAILABLE, Availability, TargetTraits
 
+PATIENCE_S = 5.0
+"""No test waits this long; one that would hang fails instead."""
+UNPLUGGED = Availability(False, "unplugged")
 LABELS = ("rest", "walk", "run")
 INPUT = np.array([[0.5, -1.0, 2.0, 0.0]], np.float32)
 PROBABILITIES = np.array([[0.1, 0.7, 0.2]], np.float32)
@@ -154,3 +159,24 @@ class FakeTarget:
 
     def status(self) -> Mapping[str, Any]:
         return {"asked": len(self.asked)}
+
+
+def after(clock: ManualClock, seconds: float, then: Behaviour = answers) -> Behaviour:
+    """What takes so long by the clock, and then does this."""
+
+    async def behaviour(request: InferenceRequest, variant: Variant, deadline: float) -> TargetAnswer:
+        clock.advance(seconds)
+        return await then(request, variant, deadline)
+
+    return behaviour
+
+
+def outcomes(attempts: Iterable[Attempt]) -> list[tuple[str, str]]:
+    return [(attempt.target, attempt.outcome) for attempt in attempts]
+
+
+async def failure(router: Router, request: InferenceRequest, family: Family) -> NoAnswer:
+    with pytest.raises(NoAnswer) as caught:
+        async with asyncio.timeout(PATIENCE_S):
+            await router.run(request, family)
+    return caught.value
