@@ -13,7 +13,7 @@
     │   ├── TargetBusy         its queue or window is full
     │   ├── TargetTimeout      no answer in the time it was given
     │   └── TargetFailed       it answered with an error, or its runtime raised
-    ├── LinkError              a connection was lost or could not be opened (`link.mqtt.LinkFull`: too much is on its way)
+    ├── LinkError              a connection was lost or could not be opened (`LinkFull`: it cannot take more now)
     ├── RemoteError            `link.calls`: a microcontroller answered a request with ERROR
     └── ProtocolError          the peer sent something the protocol does not allow
 
