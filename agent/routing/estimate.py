@@ -28,16 +28,18 @@ the target is back. Timeouts that go on are the breaker's business."""
 class Window:
     """Quantiles of the last `WINDOW` samples not older than `MAX_AGE_S`. Adding costs O(log n) plus a short move."""
 
-    __slots__ = ("_ordered", "_samples")
+    __slots__ = ("_ordered", "_samples", "_usual")
 
     def __init__(self) -> None:
         self._samples: deque[tuple[float, float]] = deque()
         self._ordered: list[float] = []
+        self._usual: tuple[float, float] | None = None
 
     def add(self, now: float, value: float) -> None:
         value = max(0.0, value)  # what a peer reports may be wrong: NaN counts as nothing too, and the order holds
         self._samples.append((now, value))
         insort(self._ordered, value)
+        self._usual = None
         self._drop(now)
 
     def quantile(self, q: float, now: float) -> float | None:
@@ -48,6 +50,16 @@ class Window:
             return None
         return self._ordered[max(0, ceil(q * len(self._ordered)) - 1)]
 
+    def usual(self, now: float) -> tuple[float, float] | None:
+        """Median and 95th percentile, or None while there is no sample. Worked out once for each change: routing asks
+        several times for each request."""
+        if self._samples and self._samples[0][0] < now - MAX_AGE_S:
+            self._drop(now)
+        if self._usual is None and self._ordered:
+            count = len(self._ordered)
+            self._usual = self._ordered[ceil(0.5 * count) - 1], self._ordered[ceil(0.95 * count) - 1]
+        return self._usual
+
     def __len__(self) -> int:
         return len(self._ordered)
 
@@ -56,6 +68,7 @@ class Window:
         while len(samples) > WINDOW or (samples and samples[0][0] < now - MAX_AGE_S):
             _, value = samples.popleft()
             del self._ordered[bisect_left(self._ordered, value)]
+            self._usual = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +105,8 @@ class TargetTimes:
 
     def estimate(self, now: float, in_flight: int, parallel: int) -> Estimate:
         floor_s = self._waited_s if now - self._timed_out_at <= TIMEOUT_MEMORY_S else 0.0
-        service50 = self._service.quantile(0.5, now)
-        service95 = self._service.quantile(0.95, now)
-        link50 = self._link.quantile(0.5, now)
-        link95 = self._link.quantile(0.95, now)
-        if link50 is None or link95 is None or service50 is None or service95 is None:
+        service, link = self._service.usual(now), self._link.usual(now)
+        if service is None or link is None:
             return Estimate(self._prior_s, max(floor_s, self._prior_s), measured=False)
         waiting = 1.0 + in_flight / parallel
-        return Estimate(link50 + service50 * waiting, max(floor_s, link95 + service95 * waiting), measured=True)
+        return Estimate(link[0] + service[0] * waiting, max(floor_s, link[1] + service[1] * waiting), measured=True)

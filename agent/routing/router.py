@@ -13,6 +13,7 @@ from agent.config import RoutingSection
 from agent.core.clock import Clock
 from agent.core.errors import TargetBusy, TargetError, TargetFailed, TargetTimeout
 from agent.core.types import Attempt, Complexity, InferenceRequest, TargetAnswer
+from agent.core.within import within
 from agent.registry.catalog import Family, Variant, complexity
 from agent.routing.breaker import Breaker, BreakerState
 from agent.routing.estimate import Estimate, TargetTimes
@@ -178,8 +179,7 @@ class Router:
             error: TargetError
             try:
                 # A span, not a moment: an event loop's clock may be coarser than ours.
-                async with asyncio.timeout(cut_off - started):
-                    answer = await state.target.infer(request, family, variant, until)
+                answer = await within(cut_off - started, state.target.infer(request, family, variant, until))
             except TimeoutError:
                 error = TargetTimeout("did not keep its deadline")
             except TargetError as raised:
@@ -281,16 +281,15 @@ class Router:
         """When an attempt must end: early enough for the quickest of the following targets to be tried as well, unless
         that would leave this one less than it usually takes."""
         end = request.deadline - MARGIN_S
-        own = state.times_of(variant).estimate(now, state.in_flight, state.traits.parallel).p95_s
-        others = (
+        until = end
+        others = [
             other.times_of(variants[name]).estimate(now, other.in_flight, other.traits.parallel).p95_s
             for name in following
             if (other := self._states[name]).breaker.allows(now) and other.target.availability().available
-        )
-        quickest = min(others, default=None)
-        until = end
-        if quickest is not None:
-            reserve = max(RESERVE_FACTOR * quickest, RESERVE_SHARE * (end - now))
+        ]
+        if others:
+            own = state.times_of(variant).estimate(now, state.in_flight, state.traits.parallel).p95_s
+            reserve = max(RESERVE_FACTOR * min(others), RESERVE_SHARE * (end - now))
             until = min(end, max(end - reserve - GRACE_S, now + own))
         until = min(until, now + state.traits.timeout_s)
         if request.timeout_ms is not None:

@@ -27,6 +27,9 @@ def test_a_quantile_is_that_of_the_sorted_recent_samples(
     expected = recent[math.ceil(q * len(recent)) - 1] if recent else None
     assert window.quantile(q, now) == expected
     assert len(window) == len(recent)
+    usual = (window.quantile(0.5, now), window.quantile(0.95, now)) if recent else None
+    assert window.usual(now) == usual
+    assert window.usual(now + 2 * MAX_AGE_S) is None
 
 
 def test_nearest_rank_by_hand() -> None:
