@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -102,7 +103,7 @@ class Admission:
         if dtype is not None and dtype not in DTYPES:
             _refuse("dtype", f"must be one of {', '.join(DTYPES)}, found {_shown(dtype)}")
         kind = np.dtype(dtype or spec.dtype).newbyteorder("<")
-        expected = int(np.prod(spec.shape)) * kind.itemsize
+        expected = math.prod(spec.shape) * kind.itemsize
         if len(data) != expected:
             found = f"{len(data)} bytes"
             _refuse(f"inputs.{spec.name}", f"must be {expected} bytes ({kind.name} {list(spec.shape)}), found {found}")
@@ -282,6 +283,9 @@ def _tensors(inputs: object, family: Family) -> dict[str, Tensor]:
     return tensors
 
 
+_NESTS = frozenset({list, tuple})
+
+
 def _array(value: object, spec: FamilyTensor) -> Tensor:
     """Nested lists of numbers as an array.
 
@@ -289,25 +293,27 @@ def _array(value: object, spec: FamilyTensor) -> Tensor:
     ones an array of gigabytes.
     """
     field, wanted = f"inputs.{spec.name}", f"must be numbers of shape {list(spec.shape)}"
-    level: list[Any] = [value]
+    shape: list[int] = []
+    level: Sequence[Any] = (value,)
     for _ in range(MAX_DIMENSIONS):
         kinds = set(map(type, level))
-        if not kinds <= {list, tuple}:
+        if not kinds <= _NESTS:
             break
-        level = list(chain.from_iterable(level))
-    nested = kinds & {list, tuple}
+        lengths = set(map(len, level))
+        if len(lengths) > 1:
+            _refuse(field, f"{wanted}: rows differ in length")
+        shape += lengths
+        level = level[0] if len(level) == 1 else list(chain.from_iterable(level))
+    nested = kinds & _NESTS
     for kind in kinds - nested:
         if kind is bool or not issubclass(kind, int | float | np.number):
             _refuse(field, f"{wanted}, found {_kind(next(item for item in level if type(item) is kind))}")
     if nested:
         _refuse(field, f"{wanted}: " + ("rows differ in length" if kinds != nested else "nested too deeply"))
-    try:
-        array = np.asarray(value)
-    except ValueError:
-        _refuse(field, f"{wanted}: rows differ in length")
+    array = np.array(level)
     if array.dtype.kind == "O":
         _refuse(field, f"holds a value too large for {spec.dtype}")
-    return array
+    return array.reshape(shape)
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -320,7 +326,7 @@ def _checked(value: Tensor, spec: FamilyTensor) -> Tensor:
     if value.dtype.kind not in "fiu":
         _refuse(field, f"must be numbers of shape {list(spec.shape)}")
     shape = spec.shape
-    flat = int(np.prod(shape))
+    flat = math.prod(shape)
     if value.shape != shape and value.shape != (flat,) and _squeezed(value.shape) != _squeezed(shape):
         others = " or ".join(dict.fromkeys((str(list(_squeezed(shape))), str([flat]))))
         _refuse(field, f"must have shape {list(shape)} (or {others}), found {list(value.shape)}")
