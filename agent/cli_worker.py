@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--topic", default="edge-agent/lanes/default", help="the lane's topic (default %(default)s)")
     parser.add_argument("--catalog", type=Path, metavar="FILE", help="catalog.yaml; default: the one that ships")
     parser.add_argument("--id", metavar="NAME", help="of this worker; default: host name and process id")
-    parser.add_argument("--group", default="workers", metavar="NAME", help="workers of one group share the requests")
+    parser.add_argument("--group", metavar="NAME", help="workers of one group share the requests; default: the lane's")
     parser.add_argument("--max-concurrent", type=_count, default=2, metavar="N", help="inferences at once (default 2)")
     parser.add_argument("--max-queued", type=_queue, default=64, metavar="N", help="requests that wait (default 64)")
     parser.add_argument("--threads", type=_count, default=1, metavar="N", help="for each inference (default 1)")
@@ -105,7 +105,8 @@ async def _serve(args: argparse.Namespace) -> int:
     settings = WorkerSettings(
         topic=args.topic,
         worker_id=worker_id,
-        group=args.group,
+        # One group for each lane: rumqttd shares a message among all of a group, whatever they subscribed to.
+        group=args.group or args.topic.replace("/", "-"),
         max_concurrent=args.max_concurrent,
         max_queued=args.max_queued,
         duplicate_window_s=args.duplicate_window_s,

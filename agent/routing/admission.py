@@ -321,7 +321,7 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _checked(value: Tensor, spec: FamilyTensor) -> Tensor:
-    """The tensor in the canonical dtype and shape. A flat array, or one that lacks dimensions of 1, is taken as well."""
+    """The tensor in the canonical dtype and shape. A flat one, or one that lacks dimensions of 1, is taken as well."""
     field = f"inputs.{spec.name}"
     if value.dtype.kind not in "fiu":
         _refuse(field, f"must be numbers of shape {list(spec.shape)}")
