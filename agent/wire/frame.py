@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 from zlib import crc32
 
 from cobs import cobs
@@ -36,9 +36,11 @@ def line_bytes(payload: int) -> int:
     return decoded + decoded // 254 + 2
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """One frame. `type` is any byte: a receiver must live with types that it does not know."""
+class Frame(NamedTuple):
+    """One frame. `type` is any byte: a receiver must live with types that it does not know.
+
+    A tuple, because making one takes a third of what a frozen dataclass takes, and frames are made all the time.
+    """
 
     type: int
     flags: int
@@ -48,7 +50,8 @@ class Frame:
 
     def encode(self) -> bytes:
         """The frame as it travels, with its delimiter."""
-        body = _HEADER.pack(self.type, self.flags, self.seq, self.id) + self.payload
+        type_, flags, seq, id_, payload = self
+        body = _HEADER.pack(type_, flags, seq, id_) + payload
         encoded: bytes = cobs.encode(body + _CRC.pack(crc32(body))) + _DELIMITER
         return encoded
 
