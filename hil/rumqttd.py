@@ -26,6 +26,7 @@ max_inflight_count = 200
 dynamic_filters = true
 """
 
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
