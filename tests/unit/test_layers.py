@@ -4,6 +4,7 @@
 """
 
 import ast
+import re
 import subprocess
 from collections.abc import Iterator
 from functools import cache
@@ -228,6 +229,27 @@ def test_only_the_wiring_builds_targets() -> None:
 )
 def test_a_crossing_would_be_seen(name: str, text: str) -> None:
     assert len(crossings(tuple(imports_of(name, text)))) == 1
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+PLAN = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+
+
+def named_in_the_plan() -> set[str]:
+    paths = re.findall(r"`([a-z_/]+\.py)`", PLAN)
+    return {path if path.startswith("hil/") else f"agent/{path.removeprefix('agent/')}" for path in paths}
+
+
+def test_every_module_is_in_the_plan_and_nothing_else() -> None:
+    real = {str(path.relative_to(ROOT)) for path in sources().values() if path.name != "__init__.py"}
+    assert named_in_the_plan() - {"agent/tests/unit/test_layers.py"} == real
+
+
+def test_the_plan_has_the_floors_that_are_enforced() -> None:
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", PLAN, re.MULTILINE)
+    told = {int(floor): {f"agent.{part}" for part in re.findall(r"`(\w+)`", parts)} for floor, parts in rows}
+    assert told == {floor: set(parts) - {"agent.__version__"} for floor, parts in enumerate(FLOORS)}
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
