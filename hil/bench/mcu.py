@@ -1,7 +1,8 @@
 """Round trips to the virtual microcontroller through the daemon's own session, beside a pseudo-terminal that echoes.
 
 The floor is a process that does nothing but answer as many bytes, asked by blocking reads and writes on the bare file
-descriptor; a second one is asked through the daemon's own serial transport on its event loop, without a session.
+descriptor. The virtual board, which is Python around the firmware, costs more than that by itself: so a second board
+is asked the same way, with frames made beforehand. What our figure is above that one is the session's own cost.
 """
 
 from __future__ import annotations
@@ -9,24 +10,27 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import select
 import sys
 import termios
 import tty
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
 from agent.core.clock import SystemClock
-from agent.link.serial import SerialTransport, open_serial
+from agent.link.serial import open_serial
 from agent.link.session import Session
 from agent.registry.catalog import Catalog, load_catalog
 from agent.registry.locate import catalog_path
 from agent.registry.tensors import pack, to_variant
-from agent.wire.messages import MODEL_ID_BYTES
+from agent.wire.body import Message
+from agent.wire.frame import Frame
+from agent.wire.messages import MODEL_ID_BYTES, Infer, Ping
 from hil.bench import loops
 from hil.bench.bare import canonical_inputs
-from hil.bench.report import Aim, Line
-from hil.bench.stats import Sampler, alternate, timed, timed_async
+from hil.bench.report import Aim, CannotMeasure, Line
+from hil.bench.stats import Sampler, Summary, alternate, timed, timed_async
 from hil.processes import Stage
 
 AIM = 1.5
@@ -35,6 +39,9 @@ FAMILY, VARIANT = "digits", "mcu-int8"
 BAUD = 921_600
 DEADLINE_S = 10.0
 READ_BYTES = 65_536
+IDS = 4096
+QUIET_S = 0.02
+"""A line on which nothing came for so long is quiet."""
 
 
 def measure(seconds: float) -> list[Line]:
@@ -43,10 +50,14 @@ def measure(seconds: float) -> list[Line]:
         board = stage.folder / "ttyMCU"
         model = catalog.root / catalog.family(FAMILY).variants[VARIANT].path
         stage.virtual_mcu(board, "--model", str(model))
+        other = stage.folder / "ttyBare"
+        stage.virtual_mcu(other, "--model", str(model), name="bare")
         line = runner.run(_Line.open(board, catalog))
+        bare = _BareLine(other)
         try:
-            return [*_ping(stage, runner, line, seconds), *_infer(stage, runner, line, seconds)]
+            return [*_ping(stage, runner, line, bare, seconds), *_infer(stage, runner, line, bare, seconds)]
         finally:
+            bare.close()
             runner.run(line.close())
 
 
@@ -62,7 +73,8 @@ class _Line:
         values = canonical_inputs(catalog, family)
         tensors = [pack(to_variant({name: value}, variant), variant.inputs) for value in values]
         self._inputs = itertools.cycle(tensors)
-        self._model = bytes.fromhex(variant.sha256)[:MODEL_ID_BYTES]
+        self.sample = tensors[0]
+        self.model = bytes.fromhex(variant.sha256)[:MODEL_ID_BYTES]
         self.bytes_sent = self.bytes_received = 0
         self.compute_s: list[float] = []
 
@@ -77,9 +89,14 @@ class _Line:
         await self._session.ping(bytes(PING_BYTES), self._deadline())
 
     async def infer(self, _: None = None) -> None:
-        reply = await self._session.infer(self._model, next(self._inputs), self._deadline())
+        reply = await self._session.infer(self.model, next(self._inputs), self._deadline())
         self.bytes_sent, self.bytes_received = reply.bytes_sent, reply.bytes_received
         self.compute_s.append(reply.message.compute_us / 1e6)
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes sent and received since the session was opened."""
+        counters = self._session.status()
+        return counters["bytes_sent"], counters["bytes_received"]
 
     async def close(self) -> None:
         self._session.close()
@@ -88,110 +105,103 @@ class _Line:
         return self._clock.monotonic() + DEADLINE_S
 
 
-def _ping(stage: Stage, runner: asyncio.Runner, line: _Line, seconds: float) -> Sequence[Line]:
-    before = _traffic(line)
+def _ping(stage: Stage, runner: asyncio.Runner, line: _Line, bare: _BareLine, seconds: float) -> Sequence[Line]:
+    before = line.traffic()
     runner.run(line.ping())
-    taken, given = (after - earlier for earlier, after in zip(before, _traffic(line), strict=True))
-    name = f"PING of {PING_BYTES} bytes"
-    return _beside_echoes(stage, runner, line.ping, "ping", (taken, given), seconds, name, lambda: (0.0, ""))
+    sent, received = (after - earlier for earlier, after in zip(before, line.traffic(), strict=True))
+    frames = _frames(Ping(bytes(PING_BYTES)))
+    found = _sides(stage, runner, line.ping, bare, frames, (sent, received), seconds)
+    return _lines(f"PING of {PING_BYTES} bytes", found, f"{sent} bytes out, {received} back", Aim(AIM))
 
 
-def _infer(stage: Stage, runner: asyncio.Runner, line: _Line, seconds: float) -> Sequence[Line]:
+def _infer(stage: Stage, runner: asyncio.Runner, line: _Line, bare: _BareLine, seconds: float) -> Sequence[Line]:
     runner.run(line.infer())
-
-    def invoke() -> tuple[float, str]:
-        return median(line.compute_s) * 1e6, "the invoke"
-
-    name = f"INFER {FAMILY}/{VARIANT}"
+    frames = _frames(Infer(line.model, int(DEADLINE_S * 1e3), line.sample))
     sizes = line.bytes_sent, line.bytes_received
-    return _beside_echoes(stage, runner, line.infer, "infer", sizes, seconds, name, invoke)
+    found = _sides(stage, runner, line.infer, bare, frames, sizes, seconds)
+    invoke_us = median(line.compute_s) * 1e6
+    note = f"{sizes[0]} bytes out, {sizes[1]} back; {invoke_us:.0f} us are the model"
+    aim = Aim(AIM, allowance=invoke_us, allowance_name="the invoke")
+    return _lines(f"INFER {FAMILY}/{VARIANT}", found, note, aim)
 
 
-def _traffic(line: _Line) -> tuple[int, int]:
-    counters = line._session.status()
-    return counters["bytes_sent"], counters["bytes_received"]
+def _frames(message: Message) -> Iterator[bytes]:
+    """The same message under one id after the other: a board runs an id that it has just seen only once."""
+    body = message.to_bytes()
+    return itertools.cycle([Frame(message.TYPE, 0, id_, id_, body).encode() for id_ in range(1, IDS)])
 
 
-def _beside_echoes(
+def _sides(
     stage: Stage,
     runner: asyncio.Runner,
     call: Callable[[None], Awaitable[None]],
-    key: str,
+    bare: _BareLine,
+    frames: Iterator[bytes],
     sizes: tuple[int, int],
     seconds: float,
-    name: str,
-    allowance: Callable[[], tuple[float, str]],
-) -> Sequence[Line]:
+) -> Mapping[str, Summary]:
     take, give = sizes
-    port = stage.folder / f"ttyEcho-{key}"
+    key = f"echo-{take}-{give}"
+    port = stage.folder / key
     command = [sys.executable, "-m", "hil.bench.peer_pty", "--link", str(port)]
-    echo = stage.start(f"echo-{key}", [*command, "--take", str(take), "--give", str(give)])
-    echo.wait_for_log("serving")
-    bare = _BareEcho(port, take, give)
-    through_loop = _LoopEcho(take, give)
-    nothing = itertools.repeat(None)
+    process = stage.start(key, [*command, "--take", str(take), "--give", str(give)])
+    process.wait_for_log("serving")
+    echo = _BareLine(port)
     try:
         sides: dict[str, Sampler] = {
-            "ours": lambda block: runner.run(timed_async(call, nothing, block)),
-            "bare": timed(bare.exchange, nothing),
-            "loop": lambda block: runner.run(through_loop.sample(port, block)),
+            "ours": lambda block: runner.run(timed_async(call, itertools.repeat(None), block)),
+            "echo": echo.in_step(timed(lambda request: echo.count(request, give), itertools.repeat(bytes(take)))),
+            "board": bare.in_step(timed(lambda request: bare.count(request, give), frames)),
         }
-        found = {side: summary.scaled(1e6) for side, summary in alternate(sides, seconds).items()}
+        return {side: summary.scaled(1e6) for side, summary in alternate(sides, seconds).items()}
     finally:
-        bare.close()
-    invoke_us, what = allowance()
-    note = f"{take} bytes out, {give} back" + (f"; {invoke_us:.0f} us are the model" if what else "")
-    aim = Aim(AIM, allowance=invoke_us, allowance_name=what)
+        echo.close()
+
+
+def _lines(name: str, found: Mapping[str, Summary], note: str, aim: Aim) -> Sequence[Line]:
     return [
-        Line("mcu", name, "us", found["ours"], "pty echo, blocking", found["bare"], aim, note),
-        Line("mcu", name, "us", found["ours"], "pty echo, our transport", found["loop"]),
+        Line("mcu", name, "us", found["ours"], "pty echo, blocking", found["echo"], aim, note),
+        Line("mcu", name, "us", found["ours"], "virtual board, bare frames", found["board"]),
     ]
 
 
-class _BareEcho:
-    """Blocking writes and reads on the port's descriptor."""
+class _BareLine:
+    """Blocking writes and reads on a port's descriptor."""
 
-    def __init__(self, port: Path, take: int, give: int) -> None:
+    def __init__(self, port: Path) -> None:
         self._fd = os.open(port, os.O_RDWR | os.O_NOCTTY)
         tty.setraw(self._fd, termios.TCSANOW)
-        self._request, self._give = bytes(take), give
 
     def close(self) -> None:
         os.close(self._fd)
 
-    def exchange(self, _: None) -> None:
+    def drain(self) -> int:
+        """Take what nobody asked for: a board greets when it boots. Returns how many bytes that were."""
+        taken = 0
+        while select.select([self._fd], [], [], QUIET_S)[0]:
+            taken += len(os.read(self._fd, READ_BYTES))
+        return taken
+
+    def count(self, request: bytes, give: int) -> None:
+        """Send the request; take `give` bytes."""
+        self._send(request)
+        while give > 0:
+            give -= len(os.read(self._fd, READ_BYTES))
+
+    def in_step(self, sampler: Sampler) -> Sampler:
+        """The same sampler. Raises `CannotMeasure` if the line was not quiet after it: then an answer was taken for
+        that to the request after it, and the figure is none."""
+
+        def sample(seconds: float) -> Sequence[float]:
+            self.drain()
+            samples = sampler(seconds)
+            if left := self.drain():
+                raise CannotMeasure(f"requests and answers are out of step: {left} bytes were left")
+            return samples
+
+        return sample
+
+    def _send(self, request: bytes) -> None:
         sent = 0
-        while sent < len(self._request):
-            sent += os.write(self._fd, self._request[sent:])
-        left = self._give
-        while left > 0:
-            left -= len(os.read(self._fd, READ_BYTES))
-
-
-class _LoopEcho:
-    """The same through `SerialTransport`, on the event loop."""
-
-    def __init__(self, take: int, give: int) -> None:
-        self._request, self._give = bytes(take), give
-        self._left = 0
-        self._answered: asyncio.Future[None] | None = None
-
-    async def sample(self, port: Path, seconds: float) -> list[float]:
-        transport = await open_serial(str(port), BAUD)
-        transport.start(self._on_data, lambda error: None)
-        try:
-            return await timed_async(self._exchange, itertools.repeat(transport), seconds)
-        finally:
-            transport.close()
-
-    def _exchange(self, transport: SerialTransport) -> asyncio.Future[None]:
-        self._left = self._give
-        self._answered = asyncio.get_running_loop().create_future()
-        transport.write(self._request)
-        return self._answered
-
-    def _on_data(self, data: bytes) -> None:
-        self._left -= len(data)
-        if self._left <= 0 and self._answered is not None:
-            self._answered.set_result(None)
-            self._answered = None
+        while sent < len(request):
+            sent += os.write(self._fd, request[sent:])
