@@ -203,11 +203,12 @@ class Daemon:
 
 
 def _http_port(wanted: int) -> int:
-    """The wanted port, or a free one if somebody has it."""
+    """The wanted port, or a free one if somebody has it, or for 0."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", wanted))
         except OSError:
             return free_port()
-    return wanted
+        port: int = probe.getsockname()[1]
+    return port

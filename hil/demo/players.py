@@ -49,11 +49,11 @@ class Player(threading.Thread):
         self._labels: Sequence[str] = [family.labels[int(label)] for label in labels]
         self._tensor = family.inputs[0].name
         self._halt = threading.Event()
+        self._listening = threading.Event()
         self._client = mqtt.Client(CallbackAPIVersion.VERSION2, f"sensor-{sensor.name}", protocol=mqtt.MQTTv5)
         self._client.on_connect = lambda client, *_: client.subscribe(f"edge/{gateway}/results/{sensor.name}", qos=1)
         self._client.on_subscribe = lambda *_: self._listening.set()
         self._client.on_message = self._on_message
-        self._listening = threading.Event()
         self._client.connect("127.0.0.1", broker_port)
         self._client.loop_start()
 
