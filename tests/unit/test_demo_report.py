@@ -55,7 +55,7 @@ def test_a_stale_answer_that_does_not_say_so_is_found() -> None:
 
 def test_an_accuracy_that_cannot_be_chance_is_named() -> None:
     wrong = summarise([asked(1.0, label="4") for _ in range(200)], OUTAGES, CATALOG, 0.0)
-    right = summarise([asked(1.0) for _ in range(200)], OUTAGES, CATALOG, 0.0)
+    right = summarise([asked(1.0, label="3" if n % 25 else "4") for n in range(200)], OUTAGES, CATALOG, 0.0)
     assert wrong["accuracy"]["edge_mcu"]["digits"]["agrees"] is False
     assert right["accuracy"]["edge_mcu"]["digits"]["agrees"] is True
     lines: list[str] = []
