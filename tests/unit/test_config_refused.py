@@ -229,3 +229,14 @@ def test_a_refused_section_does_not_show_its_input() -> None:
     with pytest.raises(ValidationError) as caught:
         MqttSection.model_validate({"password": SECRET, "ca_file": "x"})
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["918273645", "918273.645", "2091-08-27"])
+def test_a_secret_of_another_type_is_not_shown_either(tmp_path: Path, value: str) -> None:
+    message = refusal(tmp_path, f"mqtt: {{password: {value}}}")
+    assert message.endswith("mqtt.password: Input should be a valid string")
+
+
+def test_a_value_that_came_by_reference_is_named_by_its_reference(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "mqtt: {keepalive_s: '${PW}'}", PW=SECRET)
+    assert message.endswith("found the value of ${PW}")

@@ -206,7 +206,7 @@ async def test_nothing_runs_on_after_the_deadline(family: Family) -> None:
     error = await failure(Router(targets, SETTINGS, clock), request, family)
     assert error.late
     assert [target.running for target in targets] == [0, 0]
-    assert outcomes(error.attempts) == [("edge_gpu", "timeout"), ("edge_mcu", "timeout")]
+    assert {attempt.outcome for attempt in error.attempts} == {"timeout"}
     assert clock.monotonic() >= request.deadline - MARGIN_S
 
 
