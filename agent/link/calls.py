@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from agent.core.errors import EdgeAgentError, LinkError
 from agent.wire.body import Message
@@ -78,6 +79,8 @@ class Call:
     received_at: float = 0.0
     bytes_sent: int = 0
     repeated: bool = False
+    halfway: bool = False
+    """Half of its time is over."""
     settled: bool = True
     timer: asyncio.TimerHandle | None = None
 
@@ -98,6 +101,37 @@ class Call:
             self.timer.cancel()
         if self.future.done() and not self.future.cancelled():
             self.future.exception()  # seen, so that asyncio does not report it
+
+
+def overtaken(calls: Mapping[int, Call], answered: Call, type_: int) -> list[Call]:
+    """Calls that were lost on the line, or whose answers were. `calls` are in the order of their last sending.
+
+    The MCU serves its window in order, so what was sent before a request of the same type that has its answer should
+    have one too. The answer to a repeated call says nothing, as it may come from the answer store, nor does ERROR: BUSY
+    comes at once.
+    """
+    if not answered.windowed or answered.repeated or type_ == MessageType.ERROR:
+        return []
+    before = itertools.takewhile(lambda call: call is not answered, calls.values())
+    return [call for call in before if call.type == answered.type and call.repeat and not call.future.done()]
+
+
+class Typical:
+    """Smoothed round trip of each type of request, in seconds."""
+
+    SMOOTHING: Final = 0.125
+    """Weight of a new sample (RFC 6298)."""
+
+    def __init__(self) -> None:
+        self._smoothed: dict[int, float] = {}
+
+    def note(self, type_: int, took_s: float) -> None:
+        before = self._smoothed.get(type_, took_s)
+        self._smoothed[type_] = before + self.SMOOTHING * (took_s - before)
+
+    def of(self, type_: int) -> float:
+        """0 before the first."""
+        return self._smoothed.get(type_, 0.0)
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 
 from agent.core.clock import Clock
 from agent.core.errors import LinkError, ProtocolError
-from agent.link.calls import Call, Counters, Incoming, Pinged, RemoteError, Reply, again
+from agent.link.calls import Call, Counters, Incoming, Pinged, RemoteError, Reply, Typical, again, overtaken
 from agent.link.inbox import MAX_FRAME, Inbox
 from agent.link.transport import Transport
 from agent.link.window import Window
@@ -27,14 +27,11 @@ FIRST_GREETING_S: Final = 0.3
 REGREETING_S: Final = 5.0
 """How long an MCU may take to answer HELLO_REQ after it has been reset under our hands."""
 LINGER_S: Final = 0.5
-"""How long an abandoned request keeps its place in the window while its answer may still come: longer than a
-cancelled run of a small model, so that a new request rarely meets BUSY."""
+"""How long an abandoned request keeps its place in the window: a cancelled run of a small model is over by then."""
 RESET_POLL_S: Final = 1.0
 """When the HELLO of a reset MCU is overdue and it is asked for one."""
 PING_OVERHEAD: Final = 28
 """Bytes of the largest frame that a PONG needs for itself."""
-SMOOTHING: Final = 0.125
-"""Weight of a new sample in the smoothed round trip (RFC 6298)."""
 HELLO_REQ: Final = HelloReq(PROTOCOL_MAJOR, PROTOCOL_MINOR, MAX_FRAME)
 
 M = TypeVar("M", bound=Message)
@@ -65,13 +62,13 @@ class Session:
         self._on_log = on_log
         self._inbox = Inbox(self.counters)
         self._window = Window(1)
-        self._calls: dict[int, Call] = {}
+        self._calls: dict[int, Call] = {}  # in the order of their last sending
         self._abandoned: dict[int, asyncio.TimerHandle] = {}
         self._peer_max_frame = MIN_MAX_FRAME
         self._hello: Hello | None = None
         self._seq = 0
         self._last_id = 0
-        self._typical_s: dict[int, float] = {}
+        self._typical = Typical()
         self._greeting: asyncio.Task[None] | None = None
         self._rebooted = asyncio.Event()
         self._mcu_us = 0
@@ -103,8 +100,7 @@ class Session:
     @property
     def window(self) -> int:
         """How many requests may be open now."""
-        limit = self.hello.window
-        return limit if self._max_in_flight is None else min(limit, self._max_in_flight)
+        return min(self.hello.window, self._max_in_flight or self.hello.window)
 
     def status(self) -> dict[str, int]:
         """All counters by name."""
@@ -128,7 +124,6 @@ class Session:
 
     async def infer(self, model: bytes, inputs: bytes, deadline: float) -> Reply[Result]:
         """Run the active model; `model` is the first 8 bytes of the SHA-256 that it must have. Raises as `request`."""
-
         return await self.request(lambda: Infer(model, self._budget_ms(deadline), inputs), Result, deadline)
 
     async def ping(self, data: bytes, deadline: float) -> Pinged:
@@ -170,7 +165,7 @@ class Session:
         windowed: bool = True,
         repeat: bool = True,
     ) -> Reply[M]:
-        """Send one request and wait for its answer. `repeat`: it may be sent a second time; the MCU runs it once.
+        """Send one request and wait for its answer. `repeat`: it may be sent again; the MCU runs it once.
 
         A message that depends on the time is given as a function. Raises `TimeoutError` at the deadline, `RemoteError`
         (the MCU refused), `LinkError` (line lost, MCU reset, no room to send), `ProtocolError` (a senseless answer).
@@ -206,9 +201,7 @@ class Session:
         finally:
             self._end(call)
         if not call.repeated:
-            took_s = call.received_at - call.sent_at
-            before = self._typical_s.get(call.type, took_s)
-            self._typical_s[call.type] = before + SMOOTHING * (took_s - before)
+            self._typical.note(call.type, call.received_at - call.sent_at)
         if answered.type == MessageType.ERROR:
             raise RemoteError(self._transport.name, Error.from_bytes(answered.body))
         if answered.type != answer.TYPE:
@@ -236,15 +229,20 @@ class Session:
     def _overdue(self, call: Call) -> None:
         """Half of the time is over, or all of it."""
         left_s = call.deadline - self._clock.monotonic()
-        if call.repeat and not call.repeated and left_s > 0:
-            call.repeated = True
+        if call.repeat and not call.halfway and left_s > 0:
+            call.halfway = True
             call.timer = self._loop.call_later(left_s, self._overdue, call)
-            if left_s >= self._typical_s.get(call.type, 0.0):
-                self.counters.repeats += 1
-                call.bytes_sent += self._send(call.type, RETRY, call.id, call.make().to_bytes())
+            self._repeat(call, left_s)
         elif not call.future.done():
             self.counters.timeouts += 1
             call.future.set_exception(TimeoutError(f"{self._transport.name}: no answer to {call.type.name} in time"))
+
+    def _repeat(self, call: Call, left_s: float) -> None:
+        call.repeated = True
+        if left_s >= self._typical.of(call.type):
+            self.counters.repeats += 1
+            self._calls[call.id] = self._calls.pop(call.id)  # now the last that was sent
+            call.bytes_sent += self._send(call.type, RETRY, call.id, call.make().to_bytes())
 
     def _end(self, call: Call) -> None:
         del self._calls[call.id]
@@ -328,6 +326,8 @@ class Session:
     def _deliver(self, message: Incoming) -> None:
         call = self._calls.get(message.id)
         if call is not None:
+            for lost in overtaken(self._calls, call, message.type):
+                self._repeat(lost, lost.deadline - self.last_received)
             call.answer(message, self.last_received)
         else:
             self.counters.late += 1

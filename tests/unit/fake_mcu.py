@@ -7,7 +7,7 @@ import functools
 import hashlib
 import random
 import selectors
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
@@ -366,12 +366,21 @@ class Lossy(Line):
 
 
 class Delayed(Line):
-    """80 ms each way."""
+    """80 ms each way. Timers of one moment fire in any order; a line keeps its own."""
 
     delay_s = 0.08
 
+    def __init__(self, mcu: FakeMcu, name: str = "line") -> None:
+        super().__init__(mcu, name)
+        self._under_way: deque[tuple[Callable[[bytes], None], bytes]] = deque()
+
     def carry(self, data: bytes, deliver: Callable[[bytes], None]) -> None:
-        self._loop.call_later(self.delay_s, deliver, data)
+        self._under_way.append((deliver, data))
+        self._loop.call_later(self.delay_s, self._arrive)
+
+    def _arrive(self) -> None:
+        deliver, data = self._under_way.popleft()
+        deliver(data)
 
 
 LINES = [Line, ByteByByte, Lossy, Delayed]
