@@ -42,6 +42,8 @@ NO_MATCHING_SUBSCRIBERS = 0x10
 REPLY_ROOM = 4 << 20
 """Bytes: the largest reply that the broker may pass on."""
 MAX_WORKERS = 256
+PRIOR_S = 0.05
+"""What a request is taken to cost until one was measured: a round trip to a data centre on the same continent."""
 
 
 @dataclass(slots=True)
@@ -82,6 +84,8 @@ class CloudLane:
             order=20 + 10 * serverless + 20 * lane.backup,
             max_concurrent=lane.max_concurrent,
             timeout_s=lane.timeout_ms / 1e3,
+            parallel=lane.max_concurrent,
+            prior_s=PRIOR_S,
             max_bytes=max_bytes,
             cost_usd=lane.cost_per_request,
             region=lane.region,

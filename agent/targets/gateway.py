@@ -85,6 +85,7 @@ class GatewayTarget:
             order=10,
             max_concurrent=settings.max_concurrent,
             timeout_s=settings.timeout_ms / 1e3,
+            parallel=settings.workers,
             max_bytes=max_bytes,
         )
         self._plans: dict[str, _Plan] = {}

@@ -54,6 +54,7 @@ class McuTarget:
             order=0,
             max_concurrent=section.max_concurrent * max(1, len(section.ports)),
             timeout_s=section.timeout_ms / 1e3,
+            parallel=max(1, len(section.ports)),
             max_bytes=max_bytes,
         )
         self._clock = clock
