@@ -32,7 +32,7 @@ async def test_results_and_errors_pass() -> None:
     assert await within(5, later(0)) == 7
     assert await within(-1, at_once()) == 7
     for failing in (fails_at_once(), fails_later()):
-        with pytest.raises(ValueError, match="at once|later"):
+        with pytest.raises(ValueError, match=r"at once|later"):
             await within(5, failing)
 
 
