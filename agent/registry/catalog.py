@@ -102,7 +102,7 @@ class Variant(_Strict):
     selftest: str | None = None
     script: str
 
-    @property
+    @cached_property
     def name(self) -> str:
         """`family/variant`, unique in a catalogue."""
         return f"{self.model}/{self.id}"

@@ -71,7 +71,7 @@ class Window:
             self._usual = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Estimate:
     """Seconds that an attempt started now would take: at the median, and at the 95th percentile."""
 

@@ -45,7 +45,7 @@ ACCURACY_SPREAD = 0.1
 _COLUMN = {Tier.EDGE_MCU: 0, Tier.EDGE_GPU: 1, Tier.CLOUD_GPU: 2, Tier.CLOUD_SERVERLESS: 2}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Question:
     """What policy needs of a request."""
 
@@ -56,7 +56,7 @@ class Question:
     allowed_regions: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Candidate:
     """What policy needs of a target now. `unavailable` and `breaker` hold a reason, or are empty."""
 
@@ -89,7 +89,7 @@ class Constraint(StrEnum):
     DEADLINE = "deadline"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Decision:
     """`ranked` are names of targets in the order in which they are to be tried; `excluded` says which constraint ruled
     each of the others out."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +50,7 @@ class TargetState:
         return times
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Routed:
     """A fresh answer, by whom, and how it came about."""
 
@@ -172,57 +171,61 @@ class Router:
     ) -> tuple[TargetAnswer | None, Attempt]:
         """One try. Feeds the breaker and the estimates; raises nothing but `CancelledError` of its own task."""
         started = self._clock.monotonic()
-        times = state.times_of(variant)
-        usual_s = times.estimate(started, 0, 1).p50_s
         cut_off = max(until, min(until + GRACE_S, request.deadline))
-        with self._counted(state, started) as probe:
-            error: TargetError
-            try:
-                # A span, not a moment: an event loop's clock may be coarser than ours.
-                answer = await within(cut_off - started, state.target.infer(request, family, variant, until))
-            except TimeoutError:
-                error = TargetTimeout("did not keep its deadline")
-            except TargetError as raised:
-                error = raised
-            except asyncio.CancelledError:
-                if _cancelled_from_outside():
-                    raise
-                error = TargetFailed("the target cancelled what it was asked")
-            except (
-                Exception
-            ) as defect:  # a target's fault must not lose the request: it is named, and the next is asked
-                log.exception("target raised what is no TargetError", extra={"target": state.traits.name})
-                error = TargetFailed(f"{type(defect).__name__}: {defect}")
-            else:
-                now = self._clock.monotonic()
-                state.breaker.succeeded()
-                times.observe(now, service_s=answer.compute_s, link_s=answer.link_s)
-                return answer, _attempt_record(state, variant, "ok", now - started)
+        state.in_flight += 1
+        state.requests += 1
+        probe = state.breaker.began(started)
+        error: TargetError
+        try:
+            # A span, not a moment: an event loop's clock may be coarser than ours.
+            answer = await within(cut_off - started, state.target.infer(request, family, variant, until))
+        except TimeoutError:
+            error = TargetTimeout("did not keep its deadline")
+        except TargetError as raised:
+            error = raised
+        except asyncio.CancelledError:
+            if _cancelled_from_outside():
+                state.breaker.released(probe=probe)
+                raise
+            error = TargetFailed("the target cancelled what it was asked")
+        except Exception as defect:  # a target's fault must not lose the request: it is named, and the next is asked
+            log.exception("target raised what is no TargetError", extra={"target": state.traits.name})
+            error = TargetFailed(f"{type(defect).__name__}: {defect}")
+        else:
+            now = self._clock.monotonic()
+            state.breaker.succeeded()
+            state.times_of(variant).observe(now, service_s=answer.compute_s, link_s=answer.link_s)
+            return answer, _attempt_record(state, variant, "ok", now - started)
+        finally:
+            state.in_flight -= 1
         now = self._clock.monotonic()
+        self._count_failure(
+            state, state.times_of(variant), error, probe, now, waited_s=now - started, given_s=until - started
+        )
+        return None, _attempt_record(state, variant, error.code, now - started, str(error))
+
+    @staticmethod
+    def _count_failure(
+        state: TargetState,
+        times: TargetTimes,
+        error: TargetError,
+        probe: bool,
+        now: float,
+        *,
+        waited_s: float,
+        given_s: float,
+    ) -> None:
+        """Tell the breaker and the estimates of an attempt that was given `given_s` and failed after `waited_s`."""
         state.failures += 1
+        hurried = False
         if isinstance(error, TargetTimeout):
-            times.observe_timeout(now, now - started)
-        # A wait shorter than the target usually takes says more about the deadline than about the target.
-        hurried = isinstance(error, TargetTimeout) and until - started < usual_s / 2
+            # A wait shorter than the target usually takes says more about the deadline than about the target.
+            hurried = given_s < times.estimate(now, 0, 1).p50_s / 2
+            times.observe_timeout(now, waited_s)
         if error.counts and not hurried:
             state.breaker.failed(now, probe=probe, permanent=error.permanent)
         else:
             state.breaker.released(probe=probe)
-        return None, _attempt_record(state, variant, error.code, now - started, str(error))
-
-    @contextmanager
-    def _counted(self, state: TargetState, now: float) -> Iterator[bool]:
-        """Holds the target's place while an attempt runs; also when it is cancelled. Yields whether it is a probe."""
-        state.in_flight += 1
-        state.requests += 1
-        probe = state.breaker.began(now)
-        try:
-            yield probe
-        except BaseException:
-            state.breaker.released(probe=probe)
-            raise
-        finally:
-            state.in_flight -= 1
 
     def _candidate(self, state: TargetState, variant: Variant | None, now: float) -> Candidate:
         availability = state.target.availability()
@@ -289,8 +292,9 @@ class Router:
         ]
         if others:
             own = state.times_of(variant).estimate(now, state.in_flight, state.traits.parallel).p95_s
-            reserve = max(RESERVE_FACTOR * min(others), RESERVE_SHARE * (end - now))
-            until = min(end, max(end - reserve - GRACE_S, now + own))
+            share = RESERVE_SHARE * (end - now)
+            reserve = max(RESERVE_FACTOR * min(others), share) + min(GRACE_S, share)
+            until = min(end, max(end - reserve, now + own))
         until = min(until, now + state.traits.timeout_s)
         if request.timeout_ms is not None:
             until = min(until, now + request.timeout_ms / 1e3)
