@@ -26,6 +26,7 @@ from agent.runtimes.base import (
     RuntimeUnavailable,
 )
 from agent.runtimes.isolated import ProcessEngine
+from agent.runtimes.memory import release_unused
 from agent.runtimes.runners import RuntimeOptions
 from agent.runtimes.threads import ThreadEngine
 
@@ -154,6 +155,7 @@ class RuntimePool:
         finally:
             if trial is not None:
                 await trial.close()
+            release_unused()
         return outcomes
 
     async def run(self, sha256: str, inputs: Tensors, deadline: float) -> RunOutcome:
