@@ -77,8 +77,9 @@ void ModelStatus::write(Writer& out) const {
   out.bytes(image_sha256, kSha256Size);
 }
 
-void Stats::write(Writer& out, uint64_t uptime_us, uint64_t arena_used, uint64_t flash_operations) const {
-  const struct {
+void Stats::write(Writer& out, uint64_t uptime_us, uint64_t arena_used, uint64_t flash_operations,
+                  const HalCounters* hal) const {
+  const struct Item {
     uint8_t id;
     uint64_t value;
   } values[] = {
@@ -87,11 +88,17 @@ void Stats::write(Writer& out, uint64_t uptime_us, uint64_t arena_used, uint64_t
       {9, busy},         {10, expired},          {11, compute_us},       {13, arena_used},
       {15, lost_frames}, {16, answers_repeated}, {17, flash_operations}, {18, queue_high_water},
   };
-  out.u8(sizeof values / sizeof values[0]);
-  for (const auto& item : values) {
+  const Item counted[] = {{12, hal != nullptr ? hal->stack_high_water : 0},
+                          {14, hal != nullptr ? hal->uart_overruns : 0}};
+  const auto put = [&out](const Item& item) {
     out.u8(item.id);
     out.u64(item.value);
-  }
+  };
+  constexpr size_t kAlways = sizeof values / sizeof values[0];
+  out.u8(static_cast<uint8_t>(kAlways + (hal != nullptr ? 2 : 0)));
+  for (const Item& item : values) put(item);
+  if (hal == nullptr) return;
+  for (const Item& item : counted) put(item);
 }
 
 }  // namespace edge

@@ -7,6 +7,7 @@
 #include "core/bytes.h"
 #include "core/limits.h"
 #include "core/sha256.h"
+#include "hal/hal.h"
 #include "hal/verify.h"
 
 namespace edge {
@@ -71,6 +72,7 @@ struct Status {
 };
 
 constexpr uint8_t kLogWarning = 2;
+constexpr uint8_t kLogError = 3;
 
 constexpr uint32_t kCapEngine = 1;
 constexpr uint32_t kCapVerifies = 2;
@@ -165,7 +167,9 @@ struct Stats {
   uint64_t lost_frames = 0;
   uint64_t answers_repeated = 0;
   uint64_t queue_high_water = 0;
-  void write(Writer& out, uint64_t uptime_us, uint64_t arena_used, uint64_t flash_operations) const;
+  // `hal` may be null: the board does not count.
+  void write(Writer& out, uint64_t uptime_us, uint64_t arena_used, uint64_t flash_operations,
+             const HalCounters* hal) const;
 };
 
 }  // namespace edge

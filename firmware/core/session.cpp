@@ -43,6 +43,7 @@ void Session::start() {
   Writer out(answer_, sizeof answer_);
   write_hello(out);
   send(kHello, 0, {answer_, out.size()});
+  if (hal_.crash_report() != nullptr) log(kLogError, hal_.crash_report());
   if (!problem.ok()) log(kLogWarning, problem.text);
 }
 

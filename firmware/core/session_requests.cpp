@@ -31,7 +31,8 @@ Status Session::execute(const Request& request, Writer& out, uint8_t* type) {
       return infer(request, out);
     case kStatsReq:
       *type = kStats;
-      stats_.write(out, hal_.clock_us(), models_.info().arena_used, models_.store().operations());
+      stats_.write(out, hal_.clock_us(), models_.info().arena_used, models_.store().operations(),
+                   hal_.counters());
       return {};
     default:
       *type = kModelStatus;
@@ -104,7 +105,8 @@ Status Session::model_message(const Request& request, Writer& out) {
 
 void Session::write_hello(Writer& out) {
   const ModelStore& store = models_.store();
-  uint32_t capabilities = store.slot_size() > 0 ? kCapKeepsModels : 0;
+  const bool keeps = store.slot_size() > 0 && hal_.flash_geometry().survives_power_cut;
+  uint32_t capabilities = keeps ? kCapKeepsModels : 0;
   if (models_.has_engine()) capabilities |= kCapEngine;
   if (models_.verifies()) capabilities |= kCapVerifies;
   const Span operators = engine_.operators();

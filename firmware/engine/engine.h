@@ -35,4 +35,7 @@ class Engine {
 // A board without an engine: answers everything but inference.
 Engine& null_engine();
 
+// TensorFlow Lite Micro; only where the build has the library (EDGE_TFLM).
+Engine& tflm_engine();
+
 }  // namespace edge

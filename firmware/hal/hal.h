@@ -22,6 +22,13 @@ struct FlashGeometry {
   uint32_t erase_size;  // at least kDirectoryRecord
   uint32_t
       write_size;  // at most kFlashAlign; a board with larger pages pads with 0xFF, which programs nothing
+  bool survives_power_cut = true;  // false: RAM stands for flash, and HELLO says so
+};
+
+// For STATS; 0 until there is something to tell.
+struct HalCounters {
+  uint32_t stack_high_water = 0;  // bytes
+  uint32_t uart_overruns = 0;     // received bytes that were lost
 };
 
 class Hal {
@@ -49,6 +56,10 @@ class Hal {
   virtual uint64_t random64() = 0;
   virtual uint64_t unique_id() = 0;  // 0 if the board has none
   virtual void request_reset() = 0;  // may return; the session is silent afterwards
+
+  // What a board may leave out.
+  virtual const char* crash_report() { return nullptr; }  // one line on what led to this boot; LOG carries it
+  virtual const HalCounters* counters() { return nullptr; }
 
  protected:
   ~Hal() = default;

@@ -1,26 +1,56 @@
 """SCons script of the in-tree platform: the sources of the environment, as a shared library or a program.
 
-`custom_output` in platformio.ini chooses: `library` or `program`.
+`custom_output` in platformio.ini chooses: `library`, `program` or `image`, a program for a board (`custom_prefix` names
+the compiler, `custom_linker_script` the memory), which `-t size` measures and `-t exec` starts.
 """
+
+import sys
+from pathlib import Path
 
 from SCons.Script import AlwaysBuild, Default, DefaultEnvironment
 
 env = DefaultEnvironment()
-option = env.GetProjectOption
-library = option("custom_output", "library") == "library"
+project = Path(env.subst("$PROJECT_DIR"))
+sys.path.insert(0, str(project / "platform" / "builder"))
 
-env.Replace(CC="cc", CXX=option("custom_cxx", "g++"), LINK="$CXX")
+option = env.GetProjectOption
+kind = option("custom_output", "library")
+prefix = option("custom_prefix", "")
+
+env.Replace(CC=prefix + "gcc" if prefix else "cc", CXX=option("custom_cxx", prefix + "g++"), LINK="$CXX")
+if prefix:
+    env.Replace(AS=prefix + "as", AR=prefix + "ar", RANLIB=prefix + "ranlib", OBJCOPY=prefix + "objcopy")
 env.ProcessFlags(env.get("BUILD_FLAGS"))
 env.ProcessUnFlags(env.get("BUILD_UNFLAGS"))
-# A sanitizer is a flag of the linker too, which PlatformIO does not know.
-env.Append(LINKFLAGS=[flag for flag in env.get("CCFLAGS", []) if str(flag).startswith("-fsanitize")])
+# A sanitizer, a core and an FPU are flags of the linker too, which PlatformIO does not know.
+also_linked = ("-fsanitize", "-m", "-nostartfiles", "--specs")
+env.Append(LINKFLAGS=[flag for flag in env.get("CCFLAGS", []) if str(flag).startswith(also_linked)])
+
+library = []
+if option("custom_tflm", "no") == "yes":
+    import tflm
+
+    library = tflm.library(env)
 
 sources = env.CollectBuildFiles("$BUILD_DIR/src", "$PROJECT_SRC_DIR", env.get("SRC_FILTER"))
-if library:
+if kind == "library":
     # SCons marks static and shared objects apart; these are plain objects, so position independence is asked for here.
     env.Append(CCFLAGS=["-fPIC", "-fvisibility=hidden"])
     objects = [env.Object(source) for source in sources]
     output = env.Command("$BUILD_DIR/libedge_mcu.so", objects, "$LINK -shared -o $TARGET $SOURCES $LINKFLAGS")
+elif kind == "image":
+    import image
+
+    env.Append(
+        LINKFLAGS=[
+            "-T",
+            str(project / option("custom_linker_script")),
+            f"-Wl,-Map={env.subst('$BUILD_DIR')}/firmware.map",
+        ]
+    )
+    output = env.Program("$BUILD_DIR/firmware.elf", sources, LIBS=[*library, "m"])
+    env.Depends(output, str(project / option("custom_linker_script")))
+    image.targets(env, output, project / option("custom_run"))
 else:
     output = env.Program("$BUILD_DIR/program", sources)
 

@@ -1,0 +1,198 @@
+"""The firmware as an image for the Cortex-M4F, on an emulated board: its UART, its faults, and core/ on that core."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from board import BAD_LENGTH, OVERHEAD, ROOT, VECTORS, Image, Status, infer, line, model
+from qemu import Machine, build
+
+from hil.virtual.library import known_operators, validate_model
+
+NO_ENGINE = 7
+POWER_ON, PIN, SOFTWARE, WATCHDOG, FAULT = 1, 2, 3, 4, 5
+# The firmware waits 8 s for itself; the emulator's clock is the host's.
+WATCHDOG_LIMIT_S = 60
+# The emulator takes 20 to 40 us for a byte of the line, so the whole megabyte is for CI.
+GARBAGE = 1 << 20 if os.environ.get("CI") else 1 << 17
+
+FRAMES = {frame["name"]: frame for frame in VECTORS["frames"]}
+EVENTS = {2: "decode", 3: "short", 4: "crc", 5: "oversize"}
+ENCODE, DECODE, SHA256, CRC32, VALIDATE = 1, 2, 3, 4, 5
+CHECK_ROOM = 16384 - OVERHEAD
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("qemu", tmp_path_factory.mktemp("image"))
+
+
+@pytest.fixture
+def machine(image: Path, tmp_path: Path) -> Iterator[Machine]:
+    machine = Machine(image, tmp_path)
+    yield machine
+    machine.close()
+
+
+def test_it_boots_and_says_what_it_is(machine: Machine) -> None:
+    hello = machine.booted()
+    assert (hello.board, hello.engine, hello.operators) == ("mps2-an386", "none", b"")
+    assert (hello.reset_cause, hello.window, hello.uid, hello.arena) == (POWER_ON, 4, 0, 0)
+    assert hello.capabilities == 0  # no engine, no Ed25519, and its flash is RAM
+    assert hello.slot_size == 256 * 1024
+    again = machine.hello()
+    assert (again.boot_id, again.max_frame) == (hello.boot_id, 1088)
+
+
+def test_pings_of_all_sizes_and_a_clock_that_runs(machine: Machine) -> None:
+    hello = machine.hello()
+    times = []
+    for size in (0, 1, 253, 254, 255, 1000, hello.max_frame - 28):
+        body = random.Random(size).randbytes(size)
+        pong = machine.ask("PING", body)
+        assert (pong.type, pong.body[16:]) == ("PONG", body)
+        times += struct.unpack_from("<QQ", pong.body)
+    assert times == sorted(times)
+    assert machine.ask("PING", bytes(hello.max_frame - 27)).code == BAD_LENGTH
+
+
+def test_stats_tell_the_stack_and_the_overruns(machine: Machine) -> None:
+    stats = machine.stats()
+    assert stats[2] == 1
+    assert 200 < stats[12] < 4096
+    assert stats[14] == 0
+
+
+def test_without_an_engine_inference_and_updates_are_refused(machine: Machine) -> None:
+    machine.hello()
+    digits = Image(model(), counter=1)
+    assert machine.ask("INFER", infer(digits)).code == NO_ENGINE
+    assert machine.ask("MODEL_BEGIN", digits.begin(1024)).code == NO_ENGINE
+    assert Status.parse(machine.ask("MODEL_QUERY").body).slot == 0xFF
+
+
+def test_reset_by_request_and_by_pin(machine: Machine) -> None:
+    first = machine.booted()
+    machine.send(line("RESET"))
+    second = machine.booted()
+    assert (second.reset_cause, second.boot_id != first.boot_id) == (SOFTWARE, True)
+    machine.system_reset()
+    third = machine.booted()
+    assert (third.reset_cause, third.boot_id not in (first.boot_id, second.boot_id)) == (PIN, True)
+    assert machine.ask("PING").type == "PONG"
+
+
+def test_a_fault_is_reported_by_the_next_boot(machine: Machine) -> None:
+    machine.booted()
+    machine.jump(0xF0000000)
+    assert machine.booted().reset_cause == FAULT
+    report = machine.wait_for(0, type_="LOG").body
+    assert report[0] == 3
+    assert report[1:].startswith(b"fault: pc 0xf0000000 lr 0x")
+    assert machine.ask("PING").type == "PONG"
+    machine.send(line("RESET"))
+    assert machine.booted().reset_cause == SOFTWARE
+    assert machine.ask("PING").type == "PONG"
+    assert "LOG" not in [message.type for message in machine.line.messages]
+
+
+def test_the_watchdog_ends_a_hang(machine: Machine) -> None:
+    machine.booted()
+    machine.jump(machine.symbol("spin"))
+    assert machine.booted(WATCHDOG_LIMIT_S).reset_cause == WATCHDOG
+    assert machine.wait_for(0, type_="LOG").body[1:].startswith(b"watchdog reset: pc 0x%08x" % machine.symbol("spin"))
+    assert machine.ask("PING").type == "PONG"
+
+
+def test_a_good_frame_behind_garbage(machine: Machine) -> None:
+    machine.hello()
+    rng = random.Random(20)
+    for _ in range(GARBAGE // 65536):
+        machine.send(rng.randbytes(65536))
+    machine.send(b"\0")
+    assert machine.ask("PING", b"still here").body[16:] == b"still here"
+    stats = machine.stats()
+    assert stats[4] + stats[5] + stats[6] > GARBAGE // 1024
+    assert stats[14] == 0  # nothing was lost before the decoder saw it
+
+
+# -- core/ on the Cortex-M ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def check(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    folder = tmp_path_factory.mktemp("check")
+    machine = Machine(build("qemu-check", folder), folder)
+    yield machine
+    machine.close()
+
+
+def packed(frame: dict) -> bytes:
+    payload = bytes.fromhex(frame["payload_hex"])
+    return struct.pack("<BBHI", frame["type"], frame["flags"], frame["seq"], frame["id"]) + payload
+
+
+def events(body: bytes) -> list[str | bytes]:
+    """What the decoder saw: errors by name, frames as header and payload."""
+    found: list[str | bytes] = []
+    at = 0
+    while at < len(body):
+        if body[at] != 1:
+            found.append(EVENTS[body[at]])
+            at += 1
+            continue
+        (size,) = struct.unpack_from("<H", body, at + 9)
+        found.append(body[at + 1 : at + 9] + body[at + 11 : at + 11 + size])
+        at += 11 + size
+    return found
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_frame_vectors_on_the_core(check: Machine, name: str) -> None:
+    frame = FRAMES[name]
+    encoded = bytes.fromhex(frame["line_hex"])
+    assert check.ask(ENCODE, packed(frame)).body == encoded
+    assert events(check.ask(DECODE, struct.pack("<HH", 2048, 7) + encoded).body) == [packed(frame)]
+
+
+@pytest.mark.parametrize("step", [1, 7, 4096])
+@pytest.mark.parametrize("stream", VECTORS["streams"], ids=lambda s: s["name"])
+def test_stream_vectors_on_the_core(check: Machine, stream: dict, step: int) -> None:
+    expected = [packed(FRAMES[e["frame"]]) if "frame" in e else e["error"] for e in stream["expect"]]
+    question = struct.pack("<HH", stream["max_frame"], step) + bytes.fromhex(stream["line_hex"])
+    assert events(check.ask(DECODE, question).body) == expected
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 55, 56, 63, 64, 65, 119, 120, 1000, 8000])
+def test_digests_on_the_core(check: Machine, size: int) -> None:
+    data = random.Random(size).randbytes(size)
+    assert check.ask(SHA256, data).body == 2 * hashlib.sha256(data).digest()
+    assert check.ask(CRC32, data).body == struct.pack("<I", zlib.crc32(data))
+
+
+@pytest.mark.parametrize("family", ["digits", "motion"])
+def test_the_validator_on_the_core_says_what_it_says_here(check: Machine, family: str) -> None:
+    good = (ROOT / f"models/{family}/mcu-int8.tflite").read_bytes()
+    assert len(good) <= CHECK_ROOM
+    rng = random.Random(family)
+    mutants = [good, good[:1000], b""]
+    for _ in range(60):
+        mutant = bytearray(good)
+        for _ in range(rng.randint(1, 3)):
+            mutant[rng.randrange(len(mutant))] ^= 1 << rng.randrange(8)
+        mutants.append(bytes(mutant))
+    for mutant in mutants:
+        code, text, inputs, outputs = validate_model(mutant, known_operators())
+        answer = check.ask(VALIDATE, mutant).body
+        assert answer[:2] == struct.pack("<H", code)
+        if code == 0:
+            assert struct.unpack_from("<II", answer, 2) == (inputs, outputs)
+        else:
+            assert answer[10:].decode() == text
