@@ -7,7 +7,7 @@ import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from agent.config import RoutingSection
 from agent.core.clock import Clock
@@ -114,8 +114,7 @@ class Pipeline:
                 return None
             raise
         now = self._clock.monotonic()
-        return replace(
-            result,
+        return result._replace(
             request_id=request.id,
             cached=True,
             age_s=result.age_s + now - known.answered,
@@ -231,8 +230,8 @@ class Pipeline:
             refusal.cost_usd = cost_usd
             raise refusal
         answer = self._remembered(request, hit, (*reasons, why))
-        return replace(
-            answer, tier=Tier.FALLBACK, stale=True, same_input=same_input, attempts=attempts, cost_usd=cost_usd
+        return answer._replace(
+            tier=Tier.FALLBACK, stale=True, same_input=same_input, attempts=attempts, cost_usd=cost_usd
         )
 
     def _remembered(self, request: InferenceRequest, hit: Hit, reasons: tuple[str, ...]) -> InferenceResult:
