@@ -15,6 +15,9 @@ void __cxa_pure_virtual() { abort(); }
 int __aeabi_atexit(void*, void (*)(void*), void*) { return 0; }
 int __cxa_atexit(void (*)(void*), void*, void*) { return 0; }
 
+extern void* __dso_handle;
+void* __dso_handle = nullptr;
+
 }  // extern "C"
 
 // Named by virtual destructors, never called: nothing is allocated.
