@@ -77,33 +77,11 @@ def mosquitto(tmp_path: Path, extra: str = "", port: int | None = None) -> Broke
     return Broker([MOSQUITTO, "-c", str(config)], port, "mosquitto", tmp_path / f"mosquitto-{port}.log")
 
 
-RUMQTTD = """
-id = 0
-[router]
-id = 0
-max_connections = 100
-max_outgoing_packet_count = 200
-max_segment_size = 1048576
-max_segment_count = 10
-[v5.1]
-name = "v5-1"
-listen = "127.0.0.1:{port}"
-next_connection_delay_ms = 1
-[v5.1.connections]
-connection_timeout_ms = 5000
-max_payload_size = 262144
-max_inflight_count = 200
-dynamic_filters = true
-"""
-
-
 def rumqttd(tmp_path: Path, port: int | None = None) -> Broker:
     """The Rust broker in the `iotcore` wheel. Not started yet."""
     port = port or free_port()
-    config = tmp_path / f"rumqttd-{port}.toml"
-    config.write_text(RUMQTTD.format(port=port))
-    serve = f"from iotcore import IotCoreBroker; IotCoreBroker(config_path={str(config)!r}).run_forever()"
-    return Broker([sys.executable, "-c", serve], port, "rumqttd", tmp_path / f"rumqttd-{port}.log")
+    command = [sys.executable, "-m", "hil.rumqttd", "--port", str(port)]
+    return Broker(command, port, "rumqttd", tmp_path / f"rumqttd-{port}.log")
 
 
 def has_rumqttd() -> bool:

@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -28,6 +28,7 @@ from agent.core.types import InferenceRequest
 from agent.core.within import within
 from agent.ingress import http_models, http_pages
 from agent.ingress.base import Core
+from agent.ingress.payload import MAX_OPTIONS, TooLarge, decode_json, read_flag, read_options
 from agent.telemetry.metrics import CONTENT_TYPE, Metrics
 
 DOOR = "http"
@@ -39,15 +40,8 @@ DISCARD_BYTES = 4 << 20
 DISCARD_S = 1.0
 """How much of a refused body is read, so that a client that only writes gets to see the refusal."""
 MAX_QUERY = 4096
-MAX_OPTIONS = 32
 
 Handler = Callable[[Request], Awaitable[Response]]
-
-
-class Undecodable(InvalidRequest):
-    """The body is not JSON."""
-
-    code = "undecodable"
 
 
 class BodyTimeout(InvalidRequest):
@@ -55,13 +49,6 @@ class BodyTimeout(InvalidRequest):
 
     code = "body_timeout"
     http_status = 408
-
-
-class TooLarge(InvalidRequest):
-    """The body is larger than the setting allows."""
-
-    code = "too_large"
-    http_status = 413
 
 
 class UnsupportedType(InvalidRequest):
@@ -210,13 +197,13 @@ class HttpDoor:
 
     def _question(self, request: Request, body: bytes, received: float) -> tuple[InferenceRequest, bool]:
         query = _query(request.scope["query_string"])
-        with_outputs = _flag("outputs", query.pop("outputs", "true"))
+        with_outputs = read_flag("outputs", query.pop("outputs", "true"))
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         admission = self._core.admission
         if kind == "application/json":
             if query:
                 raise InvalidRequest(f"{next(iter(query))}: belongs into the JSON document", field=next(iter(query)))
-            return admission.from_document(decode(body), received=received), with_outputs
+            return admission.from_document(decode_json(body), received=received), with_outputs
         if kind != "application/octet-stream":
             found = repr(kind[:64]) if kind else "none"
             raise UnsupportedType(
@@ -226,13 +213,10 @@ class HttpDoor:
         model = query.pop("model", "")
         if not model:
             raise InvalidRequest("model: is missing; raw bytes need it as a query parameter", field="model")
-        dtype = query.pop("dtype", None)
-        if dtype is not None and dtype not in http_models.DTYPES:
-            allowed = ", ".join(http_models.DTYPES)
-            raise InvalidRequest(f"dtype: must be one of {allowed}, found {dtype[:32]!r}", field="dtype")
-        scale = _real("scale", query.pop("scale", "1"))
-        options = {key: _READERS.get(key, _text)(key, text) for key, text in query.items()}
-        question = admission.from_bytes(body, model=model, options=options, dtype=dtype, scale=scale, received=received)
+        raw = read_options(query.items())
+        question = admission.from_bytes(
+            body, model=model, options=raw.options, dtype=raw.dtype, scale=raw.scale, received=received
+        )
         return question, with_outputs
 
     async def health(self, request: Request) -> Response:
@@ -318,14 +302,6 @@ def refusal(error: InferenceError) -> Response:
     return json_response(error.to_dict(), error.http_status, headers)
 
 
-def decode(body: bytes) -> Any:
-    """JSON with bounded depth and without NaN. Raises `Undecodable`, which names the position."""
-    try:
-        return from_json(body, allow_inf_nan=False, cache_strings="keys")
-    except ValueError as error:
-        raise Undecodable(f"the body is not JSON: {error}") from None
-
-
 async def _no_such_thing(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     text = {404: f"no such path: {request.url.path[:128]}", 405: "no such method for this path"}
@@ -354,43 +330,3 @@ def _query(text: bytes) -> dict[str, str]:
     if len(dict(pairs)) != len(pairs):
         raise InvalidRequest("the query string names a parameter twice", field="(query)")
     return dict(pairs)
-
-
-def _text(key: str, text: str) -> str:
-    return text
-
-
-def _real(key: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise InvalidRequest(f"{key}: must be a number, found {text[:32]!r}", field=key)
-    return value
-
-
-def _whole(key: str, text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or len(text) > 9:
-        raise InvalidRequest(f"{key}: must be a whole number, found {text[:32]!r}", field=key)
-    return int(text)
-
-
-def _flag(key: str, text: str) -> bool:
-    if text not in ("true", "false"):
-        raise InvalidRequest(f"{key}: must be true or false, found {text[:32]!r}", field=key)
-    return text == "true"
-
-
-def _names(key: str, text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
-
-
-_READERS: dict[str, Callable[[str, str], Any]] = {
-    "deadline_ms": _real,
-    "timeout_ms": _real,
-    "priority": _whole,
-    "max_retries": _whole,
-    "use_cache": _flag,
-    "allowed_regions": _names,
-}

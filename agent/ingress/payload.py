@@ -39,7 +39,10 @@ class RawOptions:
 
 
 def decode_json(data: bytes) -> Any:
-    """JSON of bounded depth, in UTF-8. NaN passes, so that admission can name the tensor that holds it."""
+    """JSON of bounded depth, in UTF-8. NaN passes, so that admission can name the tensor that holds it.
+
+    Raises `Undecodable`, which names the position.
+    """
     try:
         return from_json(data, cache_strings="keys")
     except ValueError as error:
@@ -81,7 +84,8 @@ def _whole(key: str, text: str) -> int:
     return int(text)
 
 
-def _flag(key: str, text: str) -> bool:
+def read_flag(key: str, text: str) -> bool:
+    """`true` or `false`. Raises `InvalidRequest`."""
     if text not in ("true", "false"):
         raise InvalidRequest(f"{key}: must be true or false, found {text[:32]!r}", field=key)
     return text == "true"
@@ -97,6 +101,6 @@ _READERS: Mapping[str, Callable[[str, str], Any]] = {
     "scale": _real,
     "priority": _whole,
     "max_retries": _whole,
-    "use_cache": _flag,
+    "use_cache": read_flag,
     "allowed_regions": _names,
 }
