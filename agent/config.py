@@ -195,33 +195,16 @@ class GpuSection(Section):
     """`process`: run the runtime in a child process, so that an accelerator that hangs takes nothing else along."""
 
 
-def check_tls_files(section: LaneSection | MqttSection) -> None:
-    """Raises `ValueError` if the files of a TLS connection do not fit together or would not be used."""
-    if (section.cert_file is None) != (section.key_file is None):
-        raise ValueError("cert_file and key_file go together")
-    if (section.ca_file or section.cert_file) and not section.broker.startswith("mqtts://"):
-        raise ValueError("ca_file, cert_file and key_file need an mqtts:// broker")
+class BrokerSection(Section):
+    """How to reach an MQTT broker."""
 
-
-class LaneSection(Section):
-    """One way into the cloud."""
-
-    name: Name
-    kind: Literal["gpu", "serverless"] = "gpu"
     broker: str
     """`mqtt://host:port` or `mqtts://host:port`."""
-    topic: Topic = "edge-agent/lanes/default"
-    cost_per_request: float = Field(default=0.001, ge=0, le=1000)
-    timeout_ms: float = Field(default=5000, gt=0, le=600_000)
-    max_concurrent: int = Field(default=100, ge=1, le=10_000)
     username: str | None = None
     password: SecretStr | None = None
     ca_file: Path | None = None
     cert_file: Path | None = None
     key_file: Path | None = None
-    region: Name | None = None
-    backup: bool = False
-    """Asked only after the lanes that are not backups."""
 
     @field_validator("broker", mode="after")
     @classmethod
@@ -230,8 +213,25 @@ class LaneSection(Section):
 
     @model_validator(mode="after")
     def _tls(self) -> Self:
-        check_tls_files(self)
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file go together")
+        if (self.ca_file or self.cert_file) and not self.broker.startswith("mqtts://"):
+            raise ValueError("ca_file, cert_file and key_file need an mqtts:// broker")
         return self
+
+
+class LaneSection(BrokerSection):
+    """One way into the cloud."""
+
+    name: Name
+    kind: Literal["gpu", "serverless"] = "gpu"
+    topic: Topic = "edge-agent/lanes/default"
+    cost_per_request: float = Field(default=0.001, ge=0, le=1000)
+    timeout_ms: float = Field(default=5000, gt=0, le=600_000)
+    max_concurrent: int = Field(default=100, ge=1, le=10_000)
+    region: Name | None = None
+    backup: bool = False
+    """Asked only after the lanes that are not backups."""
 
 
 class CloudSection(Section):
@@ -260,30 +260,15 @@ class FallbackSection(Section):
         return self
 
 
-class MqttSection(Section):
+class MqttSection(BrokerSection):
     """The gateway's own broker: sensors and local clients."""
 
     enabled: bool = True
     broker: str = "mqtt://127.0.0.1:1883"
-    username: str | None = None
-    password: SecretStr | None = None
-    ca_file: Path | None = None
-    cert_file: Path | None = None
-    key_file: Path | None = None
     keepalive_s: int = Field(default=15, ge=1, le=3600)
     max_payload_bytes: int = Field(default=1 << 20, ge=64, le=256 << 20)
     max_in_flight: int = Field(default=128, ge=1, le=65_535)
     """Messages from the broker that are being answered at once (the MQTT 5 Receive Maximum)."""
-
-    @field_validator("broker", mode="after")
-    @classmethod
-    def _broker_url(cls, value: str) -> str:
-        return check_broker_url(value)
-
-    @model_validator(mode="after")
-    def _tls(self) -> Self:
-        check_tls_files(self)
-        return self
 
 
 class HttpSection(Section):

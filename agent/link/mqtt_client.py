@@ -14,7 +14,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from agent.config import LaneSection, MqttSection
+from agent.config import BrokerSection
 from agent.core.clock import Clock
 from agent.core.errors import LinkError, ProtocolError
 from agent.wire.mqtt_properties import MessageProperties
@@ -80,7 +80,7 @@ class LinkOptions:
     will: Will | None = None
 
 
-def link_options(section: LaneSection | MqttSection, client_id: str, **settings: Any) -> LinkOptions:
+def link_options(section: BrokerSection, client_id: str, **settings: Any) -> LinkOptions:
     """The options for a broker of the configuration; `settings` are the other fields of `LinkOptions`."""
     return LinkOptions(
         broker=section.broker,
