@@ -79,8 +79,8 @@ class Call:
     received_at: float = 0.0
     bytes_sent: int = 0
     repeated: bool = False
-    halfway: bool = False
-    """Half of its time is over."""
+    patience_s: float = 0.0
+    """How long it waits for its answer until it is sent again."""
     settled: bool = True
     timer: asyncio.TimerHandle | None = None
 

@@ -36,6 +36,13 @@ class Inbox:
         faults = self._decoder.counters
         return {"bad_crc": faults.crc, "undecodable": faults.decode + faults.short, "oversize": faults.oversize}
 
+    def silence(self) -> str:
+        """Why nobody has answered, as far as what came tells."""
+        damaged = sum(self.faults().values())
+        if damaged and not self._counters.frames_received:
+            return f"no HELLO, only {damaged} damaged frames: is the baud rate right?"
+        return "no HELLO: is there a microcontroller with our firmware?"
+
     def clear(self) -> None:
         """Forget a partial message: its sender was reset."""
         self._reassembler.clear()

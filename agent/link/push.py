@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from agent.core.clock import Clock
@@ -18,6 +18,7 @@ from agent.link.session import Session
 from agent.wire.body import Message
 from agent.wire.codes import ErrorCode, SignatureKind
 from agent.wire.frame import OVERHEAD
+from agent.wire.messages import Slot
 from agent.wire.update import (
     ALLOW_LOWER_COUNTER,
     CHUNK_OVERHEAD,
@@ -105,12 +106,21 @@ async def push_model(
         try:
             committed = await _step(session, ModelCommit(), COMMIT_TIMEOUT_S, clock)
         except RemoteError as error:
+            # NOT_BEGUN may mean that it is done: every answer to the first MODEL_COMMIT was lost.
+            if error.code == ErrorCode.NOT_BEGUN and (done := await _active(session, manifest, clock)) is not None:
+                return replace(status, slot=done.index, state=done.state, received=len(data), next=len(data))
             if error.code != ErrorCode.INCOMPLETE:
                 raise
             continue
         await session.refresh(clock.monotonic() + CHUNK_TIMEOUT_S)
         return committed
     raise TimeoutError(f"the MCU still lacked chunks after {ROUNDS} rounds")
+
+
+async def _active(session: Session, manifest: ModelBegin, clock: Clock) -> Slot | None:
+    """The slot that runs the model of this manifest."""
+    active = (await session.refresh(clock.monotonic() + CHUNK_TIMEOUT_S)).active
+    return active if active is not None and active.sha256 == manifest.model_sha256 else None
 
 
 async def _send_chunks(

@@ -28,6 +28,9 @@ REGREETING_S: Final = 5.0
 """How long an MCU may take to answer HELLO_REQ after it has been reset under our hands."""
 LINGER_S: Final = 0.5
 """How long an abandoned request keeps its place in the window: a cancelled run of a small model is over by then."""
+PATIENCE_S: Final = 1.0
+"""First wait for an answer until a request is repeated, doubled for each further one: more than a flash sector takes to
+be erased and written. Half of the time that the request has, where that is less."""
 RESET_POLL_S: Final = 1.0
 """When the HELLO of a reset MCU is overdue and it is asked for one."""
 PING_OVERHEAD: Final = 28
@@ -222,16 +225,17 @@ class Session:
         call.settled = False
         call.bytes_sent = self._send(call.type, 0, call.id, body)
         left_s = call.deadline - call.sent_at
-        call.timer = self._loop.call_later(left_s / 2 if call.repeat else left_s, self._overdue, call)
+        call.patience_s = min(left_s / 2, max(PATIENCE_S, 2 * self._typical.of(call.type))) if call.repeat else left_s
+        call.timer = self._loop.call_later(call.patience_s, self._overdue, call)
         if not call.bytes_sent:
             call.fail(again(self._error or LinkError(f"{self._transport.name}: stalled: its write buffer is full")))
 
     def _overdue(self, call: Call) -> None:
-        """Half of the time is over, or all of it."""
+        """It has waited for long, or for all of its time."""
         left_s = call.deadline - self._clock.monotonic()
-        if call.repeat and not call.halfway and left_s > 0:
-            call.halfway = True
-            call.timer = self._loop.call_later(left_s, self._overdue, call)
+        if call.repeat and left_s > 0:
+            call.patience_s *= 2
+            call.timer = self._loop.call_later(min(call.patience_s, left_s), self._overdue, call)
             self._repeat(call, left_s)
         elif not call.future.done():
             self.counters.timeouts += 1
@@ -268,16 +272,10 @@ class Session:
                 return (await self._exchange(lambda: HELLO_REQ, Hello, until, False, False)).message
             except TimeoutError:
                 if until >= deadline:
-                    raise LinkError(self._silence()) from None
+                    raise LinkError(f"{self._transport.name}: {self._inbox.silence()}") from None
                 wait_s *= 2
             except RemoteError as error:
                 raise LinkError(str(error), permanent=error.code == ErrorCode.VERSION) from None
-
-    def _silence(self) -> str:
-        name, damaged = self._transport.name, sum(self._inbox.faults().values())
-        if damaged and not self.counters.frames_received:
-            return f"{name}: no HELLO, only {damaged} damaged frames: is the baud rate right?"
-        return f"{name}: no HELLO: is there a microcontroller with our firmware?"
 
     def _greet_again(self) -> None:
         if self._greeting is None or self._greeting.done():

@@ -35,7 +35,7 @@ async def test_a_new_boot_fails_all_and_is_adopted(kind: type[Line]) -> None:
     mcu = FakeMcu(compute_s=5)
     session, _ = await opened(mcu, kind, on_hello=heard.append)
     calls = [asyncio.create_task(session.infer(KEY, INPUTS, soon(60))) for _ in range(9)]
-    await pass_time(1)
+    await pass_time(0.9)
     mcu.boot(ResetCause.WATCHDOG)
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert all("reset (WATCHDOG)" in str(outcome) for outcome in outcomes)

@@ -24,9 +24,9 @@ from fake_mcu import (
 
 from agent.core.errors import LinkError
 from agent.link.calls import RemoteError
-from agent.link.push import ModelImage, push_model
+from agent.link.push import COMMIT_TIMEOUT_S, ModelImage, push_model
 from agent.link.session import LINGER_S
-from agent.wire.codes import MessageType
+from agent.wire.codes import MessageType, SlotState
 
 
 @pytest.mark.parametrize("kind", LINES)
@@ -87,4 +87,24 @@ async def test_push_to_a_silent_mcu_ends() -> None:
     with pytest.raises(TimeoutError, match="MODEL_BEGIN in 4 tries"):
         await push_model(session, ModelImage(b"model", counter=8), LoopClock())
     await pass_time(LINGER_S * 2)
+    assert_clean(session)
+
+
+@virtual_time
+async def test_a_commit_whose_every_answer_was_lost_is_seen_in_hello() -> None:
+    mcu = FakeMcu()
+    session, _ = await opened(mcu)
+    image = ModelImage(bytes(5_000), counter=8)
+
+    def silence_at_the_end(received: int, total: int) -> None:
+        if received == total:
+            mcu.mute = {MessageType.MODEL_STATUS}
+
+    pushing = asyncio.create_task(push_model(session, image, LoopClock(), silence_at_the_end))
+    await pass_time(COMMIT_TIMEOUT_S - 1)
+    assert mcu.flashed == [image.data] and not pushing.done()
+    await pass_time(2)
+    mcu.mute = set()
+    status = await pushing
+    assert status.state == SlotState.ACTIVE and status.complete
     assert_clean(session)

@@ -94,3 +94,21 @@ async def test_the_last_of_all_is_sent_again_at_half_of_its_time() -> None:
     began = loop.time()
     await session.infer(KEY, INPUTS, soon(1.0))
     assert 0.5 <= loop.time() - began < 0.6 and session.counters.repeats == 1
+
+
+@virtual_time
+async def test_a_long_deadline_is_not_half_waited_for() -> None:
+    mcu = FakeMcu(compute_s=0.01)
+    session, line = await opened(mcu, Losing)
+    lost: list[Frame] = []
+
+    def loses(frame: Frame) -> bool:
+        lost.append(frame)
+        return frame.type == MessageType.INFER and len(lost) <= 2
+
+    line.loses = loses  # type: ignore[attr-defined]
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await session.infer(KEY, INPUTS, soon(60))
+    # After 1 s and after 2 s more.
+    assert 3.0 <= loop.time() - began < 3.1 and session.counters.repeats == 2
