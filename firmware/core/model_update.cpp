@@ -6,7 +6,7 @@
 
 namespace edge {
 
-bool ModelUpdate::has_engine() const { return strcmp(engine_.name(), "none") != 0; }
+bool ModelUpdate::has_engine() const { return &engine_ != &null_engine(); }
 
 Status ModelUpdate::boot() {
   if (!store_.mount()) return {Code::kFlash, "no model store: flash too small or unreadable"};

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from board import ROOT, Hello, Message, Receiver, line
+from board import ROOT, Hello, Image, Message, Receiver, line
 
 RUN = ROOT / "firmware/boards/mps2/run"
 TOOLS = {"qemu-system-arm": "qemu-system-arm", "arm-none-eabi-g++": "gcc-arm-none-eabi"}
@@ -49,7 +49,7 @@ def build(environment: str, folder: Path, library: str | None = None) -> Path:
     if "lacks platformio" in done.stderr:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stdout + done.stderr
-    built = ROOT / "firmware/.pio/build" / environment / "firmware.elf"
+    built = Path(os.environ.get("PLATFORMIO_BUILD_DIR", ROOT / "firmware/.pio/build")) / environment / "firmware.elf"
     return Path(shutil.copy(built, folder / f"{environment}.elf"))
 
 
@@ -147,6 +147,15 @@ class Machine:
                 lines.flush()
                 while "return" not in (answer := json.loads(lines.readline())):
                     assert "error" not in answer, answer  # else an event
+
+    def push(self, image: Image, chunk: int = 1024) -> Message:
+        """A whole update; the answer to its commit, or the first error."""
+        answer = self.ask("MODEL_BEGIN", image.begin(chunk))
+        for at in range(0, len(image.data), chunk):
+            if answer.code:
+                return answer
+            answer = self.ask("MODEL_CHUNK", struct.pack("<I", at) + image.data[at : at + chunk])
+        return answer if answer.code else self.ask("MODEL_COMMIT")
 
     # -- the core ------------------------------------------------------------------------------------------------------
 

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from board import BAD_LENGTH, OVERHEAD, ROOT, VECTORS, Image, Status, infer, line, model
+from board import ACTIVE, BAD_LENGTH, OVERHEAD, ROOT, SELFTEST, VECTORS, Image, Status, infer, line, model
 from qemu import Machine, build
 
+from hil.virtual.engine import TflmEngine
 from hil.virtual.library import known_operators, validate_model
 
 NO_ENGINE = 7
+ANY_COUNTER = 1  # a flag of MODEL_BEGIN
 POWER_ON, PIN, SOFTWARE, WATCHDOG, FAULT = 1, 2, 3, 4, 5
 # The firmware waits 8 s for itself; the emulator's clock is the host's.
 WATCHDOG_LIMIT_S = 60
@@ -196,3 +198,57 @@ def test_the_validator_on_the_core_says_what_it_says_here(check: Machine, family
             assert struct.unpack_from("<II", answer, 2) == (inputs, outputs)
         else:
             assert answer[10:].decode() == text
+
+
+# -- with TensorFlow Lite Micro ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    library = os.environ.get("TFLM_LIB_DIR")
+    if not library:
+        pytest.skip("TFLM_LIB_DIR does not name a TensorFlow Lite Micro tree (docs/firmware.md)")
+    folder = tmp_path_factory.mktemp("engine")
+    machine = Machine(build("qemu", folder, library), folder)
+    yield machine
+    machine.close()
+
+
+@pytest.mark.parametrize("family", ["digits", "motion"])
+def test_the_shipped_models_answer_bit_for_bit_as_the_reference_runtime(with_engine: Machine, family: str) -> None:
+    pytest.importorskip("tflite_micro")
+    reference = TflmEngine(64 * 1024, known_operators())
+    data = (ROOT / f"models/{family}/mcu-int8.tflite").read_bytes()
+    shape = reference.load(data)
+    rng = random.Random(family)
+    inputs = [rng.randbytes(shape.input_bytes) for _ in range(200)]
+    expected = []
+    for given in inputs:
+        answer = bytearray(shape.output_bytes)
+        reference.invoke(given, memoryview(answer))
+        expected.append(bytes(answer))
+
+    image = Image(data, inputs[0] + expected[0], flags=ANY_COUNTER, arena=shape.arena_used)
+    answer = with_engine.push(image)
+    assert Status.parse(answer.body).state == ACTIVE, answer
+    slot = next(slot for slot in with_engine.hello().slots if slot.state == ACTIVE)
+    assert (slot.input_bytes, slot.output_bytes) == (shape.input_bytes, shape.output_bytes)
+    times = []
+    for given, answer in zip(inputs, expected, strict=True):
+        result = with_engine.ask("INFER", infer(image, given))
+        assert (result.type, result.body[16:]) == ("RESULT", answer)
+        times.append(struct.unpack_from("<I", result.body, 12)[0])
+    stats = with_engine.stats()
+    assert stats[12] < 3072, "the stack is nearly used up"
+    print(f"{family}: 200 of 200 answers equal; arena {slot.arena_used}, median {sorted(times)[100]} us, {stats[12]=}")
+
+
+def test_a_model_survives_a_reset_and_a_damaged_one_is_refused(with_engine: Machine) -> None:
+    digits = Image(model(), counter=7)
+    assert Status.parse(with_engine.push(digits).body).state == ACTIVE
+    with_engine.send(line("RESET"))
+    with_engine.booted()
+    assert with_engine.ask("INFER", infer(digits)).type == "RESULT"
+    wrong = Image(model(1), infer(digits)[12:] + bytes(10), counter=8)
+    assert with_engine.push(wrong).code == SELFTEST
+    assert with_engine.ask("INFER", infer(digits)).type == "RESULT"

@@ -13,6 +13,8 @@ RAM, STORE = 0x2000_0000, 0x2100_0000
 
 # ` .text.name  0xADDRESS 0xSIZE FILE`, where a long name stands on a line of its own.
 INPUT = re.compile(r"^ (\.[\w.$]+|COMMON)\s+0x([0-9a-f]+)\s+0x([0-9a-f]+)\s+(\S+)$", re.MULTILINE)
+# An archive's member, and on the next line who named it first.
+PULLED = re.compile(r"^(\S+\.a\(\S+\))\s+(\S+) \(\S+\)$", re.MULTILINE)
 STACK = re.compile(r"^\.(?:handler_)?stack\s+0x[0-9a-f]+\s+0x([0-9a-f]+)", re.MULTILINE)
 
 
@@ -29,10 +31,20 @@ def targets(env, output, run):
     env.AddPlatformTarget("exec", output, env.VerboseAction(start, " "), "Exec", "Start it")
 
 
-def part_of(section, file):
+def pulled_by_library(text):
+    """Members of the C library's archives that are there for TensorFlow Lite Micro alone."""
+    found = set()
+    for member, by in PULLED.findall(text):
+        if "libtflm.a(" in by or by.endswith("tflm_engine.o") or by in found:
+            found.add(member)
+    return found
+
+
+def part_of(section, file, pulled):
     if section.startswith(".arena"):
         return "tensor arena"
-    if "libtflm.a" in file:
+    # Its templates are compiled within our engine.
+    if "libtflm.a(" in file or file in pulled or "6tflite" in section:
         return "TensorFlow Lite Micro"
     if "/src/" in file and ".a(" not in file:
         return file.split("/src/", 1)[1].split("/", 1)[0]
@@ -41,13 +53,14 @@ def part_of(section, file):
 
 def sizes(text):
     """{part: [flash, RAM]} of a linker map."""
+    pulled = pulled_by_library(text)
     text = text.partition("Linker script and memory map")[2]
     parts = {}
     for section, address, size, file in INPUT.findall(text):
         at, size = int(address, 16), int(size, 16)
         if at >= STORE or section.startswith((".debug", ".comment", ".ARM.attributes")):
             continue
-        part = parts.setdefault(part_of(section, file), [0, 0])
+        part = parts.setdefault(part_of(section, file, pulled), [0, 0])
         initialised = section.startswith(".data")
         if at < RAM or initialised:
             part[0] += size
