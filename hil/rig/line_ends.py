@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -30,7 +31,10 @@ class BoardPort:
         else:
             import serial  # not needed for an emulator
 
-            device = serial.Serial(port, baud, timeout=0, write_timeout=0, exclusive=True)
+            try:
+                device = serial.Serial(port, baud, timeout=0, write_timeout=0, exclusive=True)
+            except termios.error as error:  # gone while it was opened
+                raise OSError(*error.args) from None
             self.fd, self._close = device.fileno(), device.close
 
     def close(self) -> None:

@@ -1,0 +1,59 @@
+"""The state that the board should be in, and how it gets there: off -> booted -> model loaded -> streaming."""
+
+from __future__ import annotations
+
+import asyncio
+from enum import IntEnum
+
+from agent.core.errors import EdgeAgentError
+from agent.link.push import push_model
+from agent.wire.codes import Capability
+from agent.wire.messages import Hello
+from hil.rig.images import image_of
+from hil.rig.protocols import RigError
+from hil.rig.rig import Rig
+
+
+class State(IntEnum):
+    OFF = 0
+    BOOTED = 1
+    MODEL_LOADED = 2
+    STREAMING = 3
+
+
+class Strategy:
+    """Looks before it acts: a check may have left the board in any state, and a person may have moved it."""
+
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+
+    async def to(self, state: State, family: str = "digits") -> Hello | None:
+        """Bring the board there; its HELLO, unless it is off. Raises `RigError`.
+
+        A board without an engine takes no model: it is booted at most, and that is no error.
+        """
+        if state is State.STREAMING:
+            raise RigError("streaming: no firmware of this protocol version samples its own sensor")
+        power = self._rig.driver.power
+        if state is State.OFF:
+            await asyncio.to_thread(power.off)
+            return None
+        try:
+            return await self._boot(state, family)
+        except (EdgeAgentError, TimeoutError):
+            # Whatever state it is in, it is not one to go on from.
+            await asyncio.to_thread(power.off)
+        try:
+            return await self._boot(state, family)
+        except (EdgeAgentError, TimeoutError) as error:
+            raise RigError(f"the board does not come to {state.name.lower().replace('_', ' ')}: {error}") from None
+
+    async def _boot(self, state: State, family: str) -> Hello:
+        await asyncio.to_thread(self._rig.driver.power.on)
+        async with self._rig.direct_session() as session:
+            if state is State.MODEL_LOADED and session.hello.capabilities & Capability.ENGINE:
+                variant = self._rig.samples(family).variant
+                active = session.hello.active
+                if active is None or active.sha256.hex() != variant.sha256:
+                    await push_model(session, image_of(self._rig.catalog, variant), self._rig.clock)
+            return session.hello
