@@ -22,11 +22,11 @@ from agent.registry.locate import catalog_path
 from hil.processes import Stage
 from hil.rig.boards import DEFAULT_FILE, AnyBoard, find, load_boards
 from hil.rig.check import Check
-from hil.rig.checks import SUITE
 from hil.rig.drivers import open_driver
 from hil.rig.report import Printer, Report, head, summary
 from hil.rig.rig import Rig
 from hil.rig.runner import chosen, run, skipped
+from hil.rig.suite import SUITE
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_MISSING = 0, 1, 2, 3
 DEFAULT_MINUTES: Final = 0.5

@@ -12,11 +12,11 @@ import pytest
 
 from agent.core.errors import LinkError
 from hil.rig.check import Check, Failed, Figure, Findings, Skip, Verdict, check, require
-from hil.rig.checks import SUITE
 from hil.rig.main import main
 from hil.rig.protocols import RigError
 from hil.rig.report import Printer, Report, head, summary
 from hil.rig.runner import chosen, run, skipped
+from hil.rig.suite import SUITE
 
 
 def ending(name: str, error: Exception | None, **figure: Any) -> Check:
