@@ -2,7 +2,7 @@
 
 Expected there: `tensorflow/` and `signal/` as upstream has them, and the headers that they include, from
 `third_party/flatbuffers/include`, `third_party/gemmlowp` and `third_party/ruy`. Only portable code is taken, so the
-kernels are the reference ones.
+kernels are the reference ones. The `src/` of the library in PlatformIO's registry is such a folder too.
 """
 
 import os
@@ -36,15 +36,19 @@ def library(env):
     system = [part for path in headers for part in ("-isystem", str(path))]
     env.Append(CPPDEFINES=["EDGE_TFLM"], CCFLAGS=system)
 
+    defines = ["TF_LITE_STRIP_ERROR_STRINGS", "NDEBUG"]
+    # It changes the layout of structures. Upstream's sources want it, an Arduino library is built without.
+    if not (root.parent / "library.properties").is_file():
+        defines.append("TF_LITE_STATIC_MEMORY")
+    env.Append(CPPDEFINES=defines)
+
     theirs = env.Clone()
     ours = ("-W", "-I")
     theirs.Replace(CCFLAGS=[flag for flag in env["CCFLAGS"] if not str(flag).startswith(ours)])
     theirs.Append(
-        CPPDEFINES=["TF_LITE_STATIC_MEMORY", "TF_LITE_DISABLE_X86_NEON", "TF_LITE_STRIP_ERROR_STRINGS", "NDEBUG"],
         CCFLAGS=["-w", "-fno-exceptions"],
         CXXFLAGS=["-fno-rtti"],
     )
-    env.Append(CPPDEFINES=["TF_LITE_STATIC_MEMORY", "TF_LITE_STRIP_ERROR_STRINGS", "NDEBUG"])
     objects = []
     for path in sorted(root.glob("tensorflow/**/*")):
         name = path.relative_to(root).as_posix()
