@@ -38,7 +38,6 @@ HEARTBEAT_S = 1.0
 """How often the loop shows that it turns; its lateness is exported as loop lag."""
 STALL_S = 10.0
 """A supervised task that has not gone round its loop for this long keeps the watchdog from being fed."""
-HTTP_STOP_S = 2.0
 
 
 def build_targets(config: Config, catalog: Catalog, clock: Clock) -> list[Target]:
@@ -150,16 +149,21 @@ class App:
             log.info("http door open", extra={"host": self._config.http.host, "port": port})
         if self.mqtt:
             await self.mqtt.start()
+            self.supervisor.watch("mqtt", lambda: self.mqtt is not None and self.mqtt.alive)
+        for target in self.targets:
+            self.supervisor.watch(target.traits.name, target.alive)
 
     async def stop(self) -> None:
         """Doors first, then what is in flight, then the targets, then the store."""
         self._stopping.set()
+        drain_s = self._config.gateway.drain_timeout_s
+        closing = [self.http.stop(drain_s)] if self._config.http.enabled else []
         if self.mqtt:
-            await self.mqtt.close_door()
-        if not await self.pipeline.drained(self._config.gateway.drain_timeout_s):
+            closing.append(self.mqtt.close_door())
+        closed = asyncio.gather(*closing)
+        if not await self.pipeline.drained(drain_s):
             log.warning("stopped with requests in flight", extra={"in_flight": self.pipeline.in_flight})
-        if self._config.http.enabled:
-            await self.http.stop(HTTP_STOP_S)
+        await closed
         if self.mqtt:
             await self.mqtt.stop()
         await self.supervisor.stop()

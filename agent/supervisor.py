@@ -84,6 +84,7 @@ class Supervisor:
         self._chance = chance
         self._components: dict[str, Component] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._watched: dict[str, Callable[[], bool]] = {}
 
     def component(self, name: str, stall_s: float | None = None) -> Component:
         """The component of that name, made at its first mention. `stall_s`: how long it may go without a beat."""
@@ -99,9 +100,14 @@ class Supervisor:
         component = self.component(name, stall_s)
         self._tasks.append(asyncio.create_task(self._run(component, work), name=name))
 
+    def watch(self, name: str, alive: Callable[[], bool]) -> None:
+        """A part that looks after its own background work: `alive` says whether that still runs."""
+        self._watched[name] = alive
+
     def overdue(self) -> list[str]:
-        """Names of the components that have stalled."""
-        return [component.name for component in self._components.values() if component.overdue()]
+        """Names of the components that have stalled, and of the watched parts whose work has ended."""
+        stalled = [component.name for component in self._components.values() if component.overdue()]
+        return stalled + [name for name, alive in self._watched.items() if not alive()]
 
     def status(self) -> list[dict[str, Any]]:
         return [component.to_dict() for component in self._components.values()]

@@ -138,6 +138,9 @@ class FakeTarget:
         self.running = 0
         self.begun = asyncio.Event()
 
+    def alive(self) -> bool:
+        return True
+
     def availability(self) -> Availability:
         return self.state
 

@@ -104,6 +104,11 @@ class MqttDoor:
         self._status_task: asyncio.Task[None] | None = None
 
     @property
+    def alive(self) -> bool:
+        """Whether its background work still runs."""
+        return self.link.alive and self._status_task is not None and not self._status_task.done()
+
+    @property
     def in_flight(self) -> int:
         return len(self._tasks)
 

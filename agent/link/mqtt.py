@@ -92,6 +92,11 @@ class MqttLink:
         return self._state
 
     @property
+    def alive(self) -> bool:
+        """Whether somebody keeps the connection, or tries to have one."""
+        return self._task is not None and not self._task.done()
+
+    @property
     def connected(self) -> bool:
         """True only after a good CONNACK and an answer to every subscription."""
         return self._state.connected

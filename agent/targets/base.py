@@ -53,6 +53,11 @@ class Target(Protocol):
         """Cheap and current: called for every request."""
         ...
 
+    def alive(self) -> bool:
+        """Whether the target's own background work still runs; False is a defect, and keeps the watchdog from being
+        fed. A target that has none says True."""
+        ...
+
     def variant_for(self, family: Family, pinned: str | None) -> Variant | None:
         """The variant this target would run now, or None if it cannot answer for this family."""
         ...

@@ -124,6 +124,9 @@ class CloudLane:
 
     # --- what routing asks ---------------------------------------------------------------------------------------
 
+    def alive(self) -> bool:
+        return self.link.alive
+
     def availability(self) -> Availability:
         if not self.link.connected:
             return Availability(False, f"lane {self.lane.name} is not connected: {self.link.state.reason}")

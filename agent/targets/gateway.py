@@ -99,6 +99,9 @@ class GatewayTarget:
     def traits(self) -> TargetTraits:
         return self._traits
 
+    def alive(self) -> bool:
+        return True
+
     def availability(self) -> Availability:
         if not self._loaded:
             return self._not_loaded

@@ -78,6 +78,9 @@ class McuTarget:
     def traits(self) -> TargetTraits:
         return self._traits
 
+    def alive(self) -> bool:
+        return all(board.alive for board in self._boards)
+
     def availability(self) -> Availability:
         if any(board.variant is not None for board in self._boards):
             return AVAILABLE

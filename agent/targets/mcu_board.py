@@ -114,6 +114,11 @@ class Board:
         """What runs there: `host tflite-micro 1.0`."""
         return f"{self._hello.board} {self._hello.engine}" if self._hello is not None else ""
 
+    @property
+    def alive(self) -> bool:
+        """Whether somebody looks after the port."""
+        return self._task is not None and not self._task.done()
+
     def start(self) -> None:
         self._task = asyncio.create_task(self._supervise(), name=f"mcu {self.port}")
         self._task.add_done_callback(self._ended)

@@ -186,3 +186,12 @@ def test_since_counts_from_the_change(clock: ManualClock) -> None:
     clock.advance(3)
     component.set(ComponentState.UP, "reconnected")
     assert component.to_dict() == {"name": "mqtt", "state": "up", "reason": "reconnected", "since_s": 3.0}
+
+
+async def test_a_watched_part_whose_work_has_ended_is_overdue(clock: ManualClock) -> None:
+    supervisor = Supervisor(clock)
+    running = True
+    supervisor.watch("edge_mcu", lambda: running)
+    assert supervisor.overdue() == []
+    running = False
+    assert supervisor.overdue() == ["edge_mcu"]
