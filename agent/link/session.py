@@ -24,6 +24,8 @@ from agent.wire.messages import Cancel, Error, Hello, HelloReq, Infer, Log, Ping
 
 FIRST_GREETING_S: Final = 0.3
 """Wait for the first HELLO, doubled for each further one: 300 bytes take 26 ms at 115,200 baud."""
+LONGEST_GREETING_S: Final = 1.2
+"""Up to this: a greeting that the line lost is not waited for until the deadline."""
 REGREETING_S: Final = 5.0
 """How long an MCU may take to answer HELLO_REQ after it has been reset under our hands."""
 LINGER_S: Final = 0.5
@@ -273,7 +275,7 @@ class Session:
             except TimeoutError:
                 if until >= deadline:
                     raise LinkError(f"{self._transport.name}: {self._inbox.silence()}") from None
-                wait_s *= 2
+                wait_s = min(2 * wait_s, LONGEST_GREETING_S)
             except RemoteError as error:
                 raise LinkError(str(error), permanent=error.code == ErrorCode.VERSION) from None
 
