@@ -124,6 +124,7 @@ async def _converse(rig: Rig, port: str, board: FakeBoard) -> str:
         return f"refused: {str(error).removeprefix(port + ': ')}"
     try:
         inputs = rig.samples().inputs[0]
+        began = rig.clock.monotonic()
         asked = (session.infer(rig.samples().model, inputs, rig.soon(DEADLINE_S)) for _ in range(10))
         ends = await asyncio.gather(*asked, return_exceptions=True)
         took = rig.clock.monotonic() - began
