@@ -33,14 +33,14 @@ def need_tools() -> None:
     pytest.skip(f"not installed: {', '.join(missing)}")
 
 
-def build(environment: str, folder: Path, library: str | None = None) -> Path:
-    """A copy in `folder` of the image that script/firmware builds, with or without TensorFlow Lite Micro."""
+def script(*arguments: str, library: str | None = None) -> str:
+    """What script/firmware prints, with or without TensorFlow Lite Micro."""
     need_tools()
     variables = {name: value for name, value in os.environ.items() if name != "TFLM_LIB_DIR"}
     if library:
         variables["TFLM_LIB_DIR"] = library
     done = subprocess.run(
-        [ROOT / "script/firmware", environment],
+        [ROOT / "script/firmware", *arguments],
         env={**variables, "VENV": sys.prefix},
         capture_output=True,
         text=True,
@@ -49,6 +49,12 @@ def build(environment: str, folder: Path, library: str | None = None) -> Path:
     if "lacks platformio" in done.stderr:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def build(environment: str, folder: Path, library: str | None = None) -> Path:
+    """A copy in `folder` of the image that script/firmware builds."""
+    script(environment, library=library)
     built = Path(os.environ.get("PLATFORMIO_BUILD_DIR", ROOT / "firmware/.pio/build")) / environment / "firmware.elf"
     return Path(shutil.copy(built, folder / f"{environment}.elf"))
 

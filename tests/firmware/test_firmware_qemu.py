@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from board import ACTIVE, BAD_LENGTH, OVERHEAD, ROOT, SELFTEST, VECTORS, Image, Status, infer, line, model
-from qemu import Machine, build
+from qemu import Machine, build, script
 
 from hil.virtual.engine import TflmEngine
 from hil.virtual.library import known_operators, validate_model
@@ -51,6 +52,15 @@ def test_it_boots_and_says_what_it_is(machine: Machine) -> None:
     assert hello.slot_size == 256 * 1024
     again = machine.hello()
     assert (again.boot_id, again.max_frame) == (hello.boot_id, 1088)
+
+
+def test_it_keeps_within_its_flash_and_ram() -> None:
+    said = script("qemu", "-t", "size")
+    print(said)
+    found = re.search(r"^the firmware +([0-9,]+) +([0-9,]+) +limit 24,000", said, re.MULTILINE)
+    assert found, said
+    for taken in found.groups():
+        assert 16_000 < int(taken.replace(",", "")) < 24_000
 
 
 def test_pings_of_all_sizes_and_a_clock_that_runs(machine: Machine) -> None:
