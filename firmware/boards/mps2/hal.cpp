@@ -48,11 +48,13 @@ volatile uint32_t ring_in = 0;
 volatile uint32_t ring_out = 0;
 volatile uint32_t overruns = 0;
 
-volatile uint64_t milliseconds = 0;
-uint64_t clock_last = 0;
-
-constexpr uint32_t kTicksPerMs = kClockHz / 1000;
 constexpr uint32_t kTicksPerUs = kClockHz / 1'000'000;
+// Wakes the core, so that the watchdog is kicked and the clock is read long before its counter wraps (172 s).
+constexpr uint32_t kWakeTicks = kClockHz / 10;
+static_assert(kWakeTicks < 1u << 24, "SysTick has 24 bits");
+
+uint64_t clock_now = 0;
+uint32_t clock_ticks = 0;  // of the counter, up to clock_now
 
 bool inside_store(uint32_t offset, size_t size) {
   return offset <= kStoreSize && size <= kStoreSize - offset;
@@ -67,7 +69,7 @@ void start_watchdog() {
 
 }  // namespace
 
-void systick_interrupt() { milliseconds = milliseconds + 1; }
+void systick_interrupt() {}
 
 // One byte at a time is all that this UART holds. Each access to a register costs the emulator far more than
 // an instruction, so there are no more than needed; a byte that comes after `data` was read raises the
@@ -100,7 +102,10 @@ void start_hardware() {
     memset(store.bytes, 0xFF, sizeof store.bytes);
     store.formatted = kFormatted;
   }
-  systick().reload = kTicksPerMs - 1;
+  timer0().reload = UINT32_MAX;
+  timer0().value = UINT32_MAX;
+  timer0().control = 1;
+  systick().reload = kWakeTicks - 1;
   systick().value = 0;
   systick().control = 7;
   uart0().baud_divider = kClockHz / kBaud;
@@ -138,22 +143,12 @@ void wait_for_byte() {
   __asm volatile("cpsie i" ::: "memory");
 }
 
+// A free-running counter instead of counted interrupts, which the emulator may deliver late or merge.
 uint64_t Mps2Hal::clock_us() {
-  uint64_t passed;
-  uint32_t left;
-  bool wrapped;
-  do {
-    passed = milliseconds;
-    left = systick().value;
-    wrapped = (scb().icsr & kIcsrSysTickPending) != 0;
-  } while (passed != milliseconds);
-  if (wrapped) {  // and its interrupt has not run yet
-    ++passed;
-    left = systick().value;
-  }
-  const uint64_t now = passed * 1000 + (kTicksPerMs - 1 - left) / kTicksPerUs;
-  if (now > clock_last) clock_last = now;
-  return clock_last;
+  const uint32_t passed = (~timer0().value - clock_ticks) / kTicksPerUs;
+  clock_ticks += passed * kTicksPerUs;
+  clock_now += passed;
+  return clock_now;
 }
 
 FlashGeometry Mps2Hal::flash_geometry() { return {kStoreSize, kEraseSize, kWriteSize, false}; }

@@ -21,7 +21,7 @@ void start_hardware();
 // Bytes received, up to `size`; 0 if there are none.
 size_t uart_read(uint8_t* out, size_t size);
 void uart_send(const uint8_t* data, size_t size);
-// Until a byte is there, or an interrupt came: a millisecond at most.
+// Until a byte is there, or an interrupt came: a tenth of a second at most.
 void wait_for_byte();
 
 class Mps2Hal final : public Hal {

@@ -26,6 +26,7 @@ int main() {
   uint8_t bytes[64];
   for (;;) {
     hal.watchdog_kick();
+    hal.clock_us();  // keeps count of the counter's wraps
     const size_t count = edge::mps2::uart_read(bytes, sizeof bytes);
     session.feed(bytes, count);
     if (!session.poll() && count == 0) edge::mps2::wait_for_byte();

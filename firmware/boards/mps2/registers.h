@@ -35,6 +35,13 @@ struct Watchdog {
 };
 constexpr uint32_t kWatchdogUnlock = 0x1ACCE551;
 
+// CMSDK APB timer: counts down at kClockHz and begins again at `reload`.
+struct Timer {
+  Register control;  // 1: count
+  Register value;
+  Register reload;
+};
+
 struct SysTick {
   Register control;  // 1 enable, 2 interrupt, 4 core clock
   Register reload;
@@ -57,11 +64,11 @@ struct Scb {
   Register mmfar;
   Register bfar;
 };
-constexpr uint32_t kIcsrSysTickPending = 1u << 26;
 constexpr uint32_t kAircrReset = 0x05FA0004;
 constexpr uint32_t kShcsrFaults = 7u << 16;  // memory, bus and usage faults have handlers of their own
 constexpr uint32_t kCcrDivByZero = 1u << 4;
 
+inline Timer& timer0() { return *reinterpret_cast<Timer*>(0x40000000); }
 inline Uart& uart0() { return *reinterpret_cast<Uart*>(0x40004000); }
 inline Watchdog& watchdog() { return *reinterpret_cast<Watchdog*>(0x40008000); }
 inline SysTick& systick() { return *reinterpret_cast<SysTick*>(0xE000E010); }
