@@ -7,6 +7,7 @@ import os
 import random
 import re
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,19 @@ def test_pings_of_all_sizes_and_a_clock_that_runs(machine: Machine) -> None:
         times += struct.unpack_from("<QQ", pong.body)
     assert times == sorted(times)
     assert machine.ask("PING", bytes(hello.max_frame - 27)).code == BAD_LENGTH
+
+
+def test_its_clock_keeps_the_hosts_pace(machine: Machine) -> None:
+    def both() -> tuple[float, float]:
+        before = time.monotonic()
+        (there,) = struct.unpack_from("<Q", machine.ask("PING").body)
+        return (before + time.monotonic()) / 2, there / 1e6
+
+    machine.hello()
+    here, there = both()
+    time.sleep(2)
+    later_here, later_there = both()
+    assert abs((later_there - there) - (later_here - here)) < 0.1
 
 
 def test_stats_tell_the_stack_and_the_overruns(machine: Machine) -> None:
