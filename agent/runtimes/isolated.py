@@ -242,6 +242,8 @@ class ProcessEngine:
         """Raises `RuntimeUnavailable`."""
         pairs = [socket.socketpair() for _ in range(self._workers)]
         theirs = [their.fileno() for _, their in pairs]
+        process: asyncio.subprocess.Process | None = None
+        lanes: list[_Lane] = []
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -254,23 +256,34 @@ class ProcessEngine:
                 stdout=asyncio.subprocess.DEVNULL,
                 pass_fds=theirs,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))},
+                start_new_session=True,  # Ctrl-C at the terminal is for the daemon, also while the child still starts.
             )
-        except OSError as error:
+            child = _Child(process, self._clock.monotonic())
+            lanes = child.lanes
             for ours, _ in pairs:
+                lanes.append(await self._connect(child, ours))
+        except BaseException as error:  # Cancelled, most often: the daemon is stopped while it starts.
+            why = RuntimeUnavailable(f"the runtime process cannot be started: {error}")
+            for lane in lanes:
+                lane.close(why)
+            for ours, _ in pairs[len(lanes) :]:
                 ours.close()
-            raise RuntimeUnavailable(f"the runtime process cannot be started: {error}") from None
+            if process is not None:
+                self._reap(process, 0.0)
+            if isinstance(error, OSError):
+                raise why from None
+            raise
         finally:
             for _, their in pairs:
                 their.close()
-        child = _Child(process, self._clock.monotonic())
-        loop = asyncio.get_running_loop()
-        for ours, _ in pairs:
-            _, lane = await loop.create_unix_connection(
-                lambda: _Lane(lambda idle: self._replied(child, idle), lambda why: self._lost(child, why)), sock=ours
-            )
-            child.lanes.append(lane)
         child.free.extend(child.lanes)
         self._child = child
+
+    async def _connect(self, child: _Child, ours: socket.socket) -> _Lane:
+        _, lane = await asyncio.get_running_loop().create_unix_connection(
+            lambda: _Lane(lambda idle: self._replied(child, idle), lambda why: self._lost(child, why)), sock=ours
+        )
+        return lane
 
     async def _load(self, file: ModelFile) -> LoadedModel:
         """Raises `RuntimeUnavailable` or `ValueError`, also when the child dies of it."""
@@ -282,6 +295,9 @@ class ProcessEngine:
         self._dispatch(self._child)
         try:
             reply, _ = await call.future
+        except asyncio.CancelledError:
+            call.abandoned = True
+            raise
         except TargetUnavailable as error:
             raise ValueError(f"{file.path.name} takes the runtime down: {error}") from None
         if "error" in reply:
@@ -305,9 +321,7 @@ class ProcessEngine:
             lane.close(error)
         while self._waiting:
             self._waiting.popleft().fail(error)
-        reaping = asyncio.get_running_loop().create_task(_reap(child.process, EXIT_S if self._closing else 0.0))
-        self._reaping.add(reaping)
-        reaping.add_done_callback(self._reaping.discard)
+        self._reap(child.process, EXIT_S if self._closing else 0.0)
         if self._closing:
             return
         log.warning("runtime process lost: %s", what)
@@ -317,6 +331,11 @@ class ProcessEngine:
             self._problem = what
             if self._restarting is None:
                 self._restarting = asyncio.get_running_loop().create_task(self._restart(), name="runtime-restart")
+
+    def _reap(self, process: asyncio.subprocess.Process, grace_s: float) -> None:
+        reaping = asyncio.get_running_loop().create_task(_reap(process, grace_s))
+        self._reaping.add(reaping)
+        reaping.add_done_callback(self._reaping.discard)
 
     async def _restart(self) -> None:
         """Start a child and load everything again, until that succeeds."""

@@ -45,24 +45,28 @@ def _die_with(parent: int) -> None:
     """Have the kernel kill this process with its parent, stopped or hung as it may be."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
-        sys.exit("the parent is gone already")
+        sys.exit(0)
 
 
 def _serve(connection: socket.socket, runners: Runners) -> None:
-    while True:
-        start = _receive(connection, channel.HEAD.size)
-        message = start + _receive(connection, channel.size(start) - len(start))
-        header, tensors = channel.decode(message)
-        connection.sendall(channel.encode(*_answer(header, tensors, runners)))
+    """Ends the process, without a word, when the parent has closed: also while this was loading or computing."""
+    try:
+        while True:
+            start = _receive(connection, channel.HEAD.size)
+            message = start + _receive(connection, channel.size(start) - len(start))
+            header, tensors = channel.decode(message)
+            connection.sendall(channel.encode(*_answer(header, tensors, runners)))
+    except (EOFError, ConnectionError):
+        os._exit(0)  # Other threads may be in a driver that never returns.
 
 
 def _receive(connection: socket.socket, count: int) -> bytes:
-    """Exactly `count` bytes; ends the process when the parent has closed."""
+    """Exactly `count` bytes. Raises `EOFError` or `ConnectionError`."""
     received = bytearray()
     while len(received) < count:
         part = connection.recv(count - len(received))
         if not part:
-            os._exit(0)  # Other threads may be in a driver that never returns.
+            raise EOFError
         received += part
     return bytes(received)
 

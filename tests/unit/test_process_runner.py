@@ -6,6 +6,7 @@ import asyncio
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -223,6 +224,42 @@ def test_it_dies_with_its_parent_even_while_stopped() -> None:
         parent.kill()
     assert select.select([fd], [], [], SOON_S)[0]
     os.close(fd)
+
+
+def test_it_ends_quietly_when_the_parent_leaves_while_it_loads(tmp_path: Path) -> None:
+    """As when the daemon cannot open its door: a file that nobody writes to yet holds the load up until it has gone."""
+    fifo = tmp_path / "slow.tflite"
+    os.mkfifo(fifo)
+    ours, theirs = socket.socketpair()
+    with subprocess.Popen(
+        [sys.executable, "-m", "agent.runtimes.process", "{}", str(os.getpid()), str(theirs.fileno())],
+        pass_fds=[theirs.fileno()],
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    ) as process:
+        theirs.close()
+        ours.sendall(channel.encode({"load": [str(fifo), "tflite", "0" * 64]}, {}))
+        with fifo.open("wb"):  # Returns when the child has opened the other end.
+            ours.close()
+        _, said = process.communicate(timeout=SOON_S)
+    assert (process.returncode, said) == (0, b"")
+
+
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+@pytest.mark.parametrize("turns", [1, 3, 30])
+async def test_stopping_while_models_load_ends_the_child(isolation: str, turns: int, tmp_path: Path) -> None:
+    fifo = tmp_path / "slow.tflite"
+    os.mkfifo(fifo)
+    made = RuntimePool(GpuSection.model_validate({"isolation": isolation}), SystemClock())
+    loading = asyncio.create_task(made.load(fifo, "tflite", "0" * 64))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    loading.cancel()
+    await asyncio.wait([loading])
+    await made.close()
+    assert loading.cancelled()
+    with pytest.raises(ChildProcessError):  # Nobody is left to be waited for.
+        os.waitpid(-1, os.WNOHANG)  # noqa: ASYNC222 - WNOHANG does not wait
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "int64"])
