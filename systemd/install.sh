@@ -43,10 +43,22 @@ while [ $# -gt 0 ]; do
     shift
 done
 
+# Where the installed files will look for each other; below --destdir they only lie for now.
+final=/opt/edge-agent
+
+if [ -n "$destdir" ]; then
+    if [ "$action" = install ]; then
+        mkdir -p -- "$destdir"
+    fi
+    if [ -d "$destdir" ]; then
+        destdir=$(CDPATH='' cd -- "$destdir" && pwd -P)
+    fi
+fi
+
 units=$destdir/etc/systemd/system
 config=$destdir/etc/edge-agent
 rules=$destdir/etc/udev/rules.d
-home=$destdir/opt/edge-agent
+home=$destdir$final
 
 if [ -z "$destdir" ] && [ "$(id -u)" -ne 0 ]; then
     echo "install.sh: must run as root, or with --destdir" >&2
@@ -67,10 +79,37 @@ keep() {
     fi
 }
 
+make_venv() {
+    # One that was interrupted while it was made has no pip, or is not an environment of its own: begin anew.
+    "$home/bin/python" -I -c 'import os, sys, pip; sys.exit(not os.path.samefile(sys.prefix, sys.argv[1]))' "$home" \
+        >/dev/null 2>&1 || "$python" -m venv --clear "$home"
+    "$home/bin/python" -m pip install --quiet --upgrade "$source${extras:+[$extras]}"
+    if [ -d "$home/share" ]; then
+        find "$home/share" -name __pycache__ -prune -exec rm -rf {} +
+    fi
+    if [ -n "$destdir" ]; then
+        relocate
+    fi
+}
+
+# relocate: pip and venv write absolute paths into scripts, into pyvenv.cfg and into compiled modules.
+relocate() {
+    "$home/bin/python" -I - "$home" "$final" <<'PYTHON'
+import sys
+from pathlib import Path
+
+home, final = (argument.encode() for argument in sys.argv[1:])
+root = Path(sys.argv[1])
+for path in [root / "pyvenv.cfg", *(root / "bin").iterdir()]:
+    if path.is_file() and not path.is_symlink() and home in (content := path.read_bytes()):
+        path.write_bytes(content.replace(home, final))
+PYTHON
+    "$home/bin/python" -I -m compileall -q -f -s "$destdir" -p / "$home/lib" || true
+}
+
 do_install() {
     if [ "$venv" = yes ]; then
-        [ -x "$home/bin/python" ] || "$python" -m venv "$home"
-        "$home/bin/python" -m pip install --quiet --upgrade "$source${extras:+[$extras]}"
+        make_venv
     fi
     install -d -m 0755 "$units/edge-agent.service.d" "$rules" "$config"
     install -d -m 0700 "$config/credentials"

@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +198,49 @@ def test_install_twice_and_remove(tmp_path: Path) -> None:
     }
     assert install("uninstall", "--purge", "--destdir", tmp_path).returncode == 0
     assert tree(tmp_path) == {}
+
+
+def wheel(folder: Path) -> Path:
+    """A package that needs nothing, with a command and with models, as edge-agent's wheel has them."""
+    info, data = "toy-1.dist-info", "toy-1.data/data/share/edge-agent/models"
+    files = {
+        "toy.py": "def main():\n    print(__file__, main.__code__.co_filename)\n",
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: toy\nVersion: 1\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/entry_points.txt": "[console_scripts]\nedge-agent = toy:main\n",
+        f"{data}/catalog.yaml": "{}\n",
+        f"{data}/training/__pycache__/x.cpython-311.pyc": "",
+    }
+    files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in files) + f"{info}/RECORD,,\n"
+    path = folder / "toy-1-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return path
+
+
+def test_an_image_works_where_it_will_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The virtual environment below --destdir names /opt/edge-agent, and one without pip is made again."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    image = tmp_path / "an image"
+    home = image / "opt/edge-agent"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin/python").symlink_to(sys.executable)
+    options = ("install", "--destdir", image, "--source", wheel(tmp_path), "--python", sys.executable)
+    for _ in ("to make", "to repair"):
+        done = install(*options)
+        assert done.returncode == 0, done.stderr
+        scripts = [path for path in (home / "bin").iterdir() if not path.is_symlink()]
+        assert {"activate", "edge-agent", "pip"} <= {path.name for path in scripts}
+        compiled = list(home.rglob("toy.*.pyc"))
+        assert compiled
+        for path in [*scripts, *compiled, home / "pyvenv.cfg"]:
+            assert str(image).encode() not in path.read_bytes(), path
+        assert "/opt/edge-agent/bin/python" in (home / "bin/edge-agent").read_text()
+        assert os.access(home / "bin/edge-agent", os.X_OK)
+        assert (home / "share/edge-agent/models/catalog.yaml").is_file()
+        assert not list((home / "share").rglob("__pycache__"))
+        shutil.rmtree(next(home.glob("lib/python*/site-packages/pip")))
 
 
 @pytest.mark.parametrize("arguments", [["--sudo"], ["--destdir"]])
