@@ -3,6 +3,7 @@ the daemon, each of which can be killed, stopped and continued."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -10,8 +11,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,6 +26,8 @@ START_LIMIT_S = 20.0
 STOP_LIMIT_S = 8.0
 POLL_S = 0.02
 LOG_TAIL = 2000
+PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
 
 
 class StartError(Exception):
@@ -51,6 +56,7 @@ class Process:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(environ or {})},
                 start_new_session=True,
+                preexec_fn=_die_with_parent,
             )
 
     @property
@@ -119,10 +125,11 @@ class Stage:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in reversed(self._processes):
-            process.terminate()
-        if self._temporary:
-            self._temporary.cleanup()
+        with _uninterrupted():
+            for process in reversed(self._processes):
+                process.terminate()
+            if self._temporary:
+                self._temporary.cleanup()
 
     def start(self, name: str, command: Sequence[str], environ: Mapping[str, str] | None = None) -> Process:
         process = Process(name, command, self.folder / f"{name}.log", environ)
@@ -134,8 +141,10 @@ class Stage:
         executable = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
         if executable:
             config = self.folder / f"{name}.conf"
+            # Started by root, mosquitto would become another user, and with that forget to end with its parent.
+            user = "user root\n" if os.geteuid() == 0 else ""
             config.write_text(
-                f"listener {port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\npersistence false\n"
+                f"listener {port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\npersistence false\n{user}"
             )
             command = [executable, "-c", str(config)]
         else:
@@ -182,6 +191,42 @@ class Stage:
             )
             process.wait_until(lambda: _ready(listener), "READY=1")
         return process
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """A closed terminal and a SIGTERM end the block like Ctrl-C does, so that what was started is stopped."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Impatience must not leave processes behind: a second Ctrl-C waits until they are stopped."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _die_with_parent() -> None:
+    """In the child: SIGTERM when whoever started it is gone, however it went (prctl(2), PR_SET_PDEATHSIG)."""
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _ready(listener: socket.socket) -> bool:

@@ -19,7 +19,7 @@ from hil.demo.report import summarise, text
 from hil.demo.screen import Screen
 from hil.demo.script import Outage, Script
 from hil.linkcut import LinkCut
-from hil.processes import START_LIMIT_S, Stage, StartError, free_port
+from hil.processes import START_LIMIT_S, Stage, StartError, free_port, interruptible
 from hil.virtual.control import Control
 
 GATEWAY = "demo"
@@ -47,8 +47,15 @@ def main(args: argparse.Namespace) -> int:
     if not MIN_SECONDS <= args.seconds <= MAX_SECONDS:
         print(f"edge-agent demo: --seconds must be {MIN_SECONDS:.0f} to {MAX_SECONDS:.0f}, found {args.seconds:g}")
         return 2
+    if args.json and not args.json.resolve().parent.is_dir():
+        print(f"edge-agent demo: --json: no such folder: {args.json.resolve().parent}")
+        return 2
     try:
-        summary = asyncio.run(_demo(args.seconds, args.http_port, args.keep))
+        with interruptible():
+            summary = asyncio.run(_demo(args.seconds, args.http_port, args.keep))
+    except KeyboardInterrupt:
+        print("edge-agent demo: interrupted")
+        return 130
     except StartError as error:
         print(f"edge-agent demo: {error}")
         return 1
