@@ -208,8 +208,9 @@ async def stops_reading(rig: Rig, findings: Findings) -> None:
             findings.figure("the gateway's memory grew by", growth, "MB", most=STALL_MEMORY_MB)
             line.call("resume")
             # The board reads what was kept for it first.
-            limit_s = BACK_LIMIT_S + WRITE_BUFFER_BYTES * 10 / rig.driver.serial.baud
-            findings.figure("right again after", await settle(rig, session, call), "s", most=limit_s)
+            limit_s = BACK_LIMIT_S + 2 * WRITE_BUFFER_BYTES * 10 / rig.driver.serial.baud
+            again_s = await settle(rig, session, call, WRITE_BUFFER_BYTES)
+            findings.figure("right again after", again_s, "s", most=limit_s)
 
 
 async def _flood(rig: Rig, session: Session) -> int:
