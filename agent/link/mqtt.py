@@ -32,6 +32,12 @@ log = logging.getLogger(__name__)
 STABLE_S = 10.0
 """A connection that lasted this long was a good one: the next back-off starts from the least again."""
 STOPPED = "stopped"
+SOON_S = 5.0
+"""A connection lost this soon after it came up may have been taken over by another client with the same id."""
+SOON_LOSSES = 3
+"""So many of them in a row, without a refused or failed try between them, and that is the likely cause."""
+RIVAL_GONE_S = 300.0
+"""A connection that lasts this long shows that there is no such client, or no longer."""
 MAX_ROUTES = 1024
 """Topics whose callback is remembered, so that filters are matched once for each topic."""
 
@@ -68,6 +74,32 @@ class _Subscription:
     qos: int
     no_local: bool
     refusal: int = 0
+
+
+class Rival:
+    """Tells from when connections were lost whether another client with the same id may be connected.
+
+    MQTT gives the connection to the client that comes last, so that two of them take it from each other for ever. Some
+    brokers do not say so (mosquitto before 2.0.12 sends no DISCONNECT 0x8E). A broker that is started again and again
+    is unlike it: it refuses connections in between. Pure; times are monotonic seconds.
+    """
+
+    def __init__(self) -> None:
+        self._losses = 0
+
+    @property
+    def suspected(self) -> bool:
+        return self._losses >= SOON_LOSSES
+
+    def lost(self, up: float, now: float) -> None:
+        """A connection that the broker had accepted at `up` was lost."""
+        # Once suspected, each of the two has it until the other's back-off ends: not soon any more, and yet the same.
+        soon = now - up <= (RIVAL_GONE_S if self.suspected else SOON_S)
+        self._losses = self._losses + 1 if soon else 0
+
+    def failed(self) -> None:
+        """The broker could not be reached, or did not accept the connection."""
+        self._losses = 0
 
 
 class MqttLink:
@@ -159,21 +191,29 @@ class MqttLink:
 
     async def _run(self) -> None:
         backoff = Backoff(self.options.backoff_initial_s, self.options.backoff_max_s, random.random)
+        rival = Rival()
         while True:
-            error = await self._one_connection(backoff)
+            error = await self._one_connection(backoff, rival)
             if self._task is None:  # stopping: not a loss
                 return
             now = self._clock.monotonic()
             delay_s = backoff.failed(now, permanent=error.permanent)
+            if rival.suspected and not error.permanent:
+                # Jitter, so that of two that lost at once one is first; never short, so that they do not fight.
+                delay_s = self.options.backoff_max_s * random.uniform(0.5, 1.0)
+                also = f"another client with the id {self.options.client_id} may be connected"
+                error = LinkError(f"{error}; {also}", permanent=True)
             reason = f"{error}; next try in {delay_s:.0f} s" if error.permanent else str(error)
             self._set_state(False, reason, error.permanent)
             await asyncio.sleep(delay_s)
 
-    async def _one_connection(self, backoff: Backoff) -> LinkError:
+    async def _one_connection(self, backoff: Backoff, rival: Rival) -> LinkError:
         """Open, use and lose one connection. Returns why it ended."""
         connection = MqttConnection(self.options, self._dispatch, self._clock)
+        accepted: float | None = None
         try:
             await connection.open()
+            accepted = self._clock.monotonic()
             await self._subscribe_all(connection)
             self._connection = connection
             self.counters.connects += 1
@@ -192,6 +232,10 @@ class MqttLink:
         finally:
             self._connection = None
             connection.abort()
+            if accepted is None:
+                rival.failed()
+            else:
+                rival.lost(accepted, self._clock.monotonic())
 
     # --- messages ------------------------------------------------------------------------------------------------
 

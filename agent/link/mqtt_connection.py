@@ -36,6 +36,8 @@ _QUICKACK: int = getattr(socket, "TCP_QUICKACK", 0)
 READS_IN_A_ROW = 64
 """Packets handled before other work of the loop has its turn."""
 
+UNSPECIFIED = 0x80
+"""What paho makes of a connection that ended without a DISCONNECT."""
 PERMANENT = frozenset({0x81, 0x82, 0x84, 0x85, 0x86, 0x87, 0x8A, 0x8C, 0x8E, 0x90, 0x95, 0x9C, 0x9D})
 """Reason codes after which the same CONNECT would fail again, or (0x8E) another client has taken this client's name."""
 
@@ -226,6 +228,8 @@ class MqttConnection:
             self._fail(LinkError(f"the broker closed the connection: {reason}", permanent=code in PERMANENT))
         elif code == 0:
             self._fail(LinkError("disconnected"))
+        elif code == UNSPECIFIED:
+            self._fail(LinkError("the connection was lost: the broker closed it, or the network did, without a reason"))
         else:
             self._fail(LinkError(f"the connection was lost: {reason}"))
 

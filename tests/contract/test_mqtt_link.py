@@ -15,7 +15,16 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from agent.core.errors import LinkError
-from agent.link.mqtt import LinkFull, LinkOptions, LinkState, Message, MessageProperties, MqttLink, Will
+from agent.link.mqtt import (
+    SOON_LOSSES,
+    LinkFull,
+    LinkOptions,
+    LinkState,
+    Message,
+    MessageProperties,
+    MqttLink,
+    Will,
+)
 from tests.brokers import MOSQUITTO, Broker, SilentServer, free_port, has_rumqttd, mosquitto, rumqttd, running, until
 
 needs_mosquitto = pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
@@ -357,6 +366,18 @@ async def test_bad_answer_is_told(answer: bytes, says: str, permanent: bool, lin
     assert says in states[-1].reason.lower()
     assert states[-1].permanent == permanent
     server.close()
+
+
+async def test_two_clients_with_one_id_do_not_fight_for_ever(mosquitto_broker: Broker, links: Links) -> None:
+    both = [links.make(mosquitto_broker.url, "same", backoff_max_s=3600.0) for _ in range(2)]
+    for link in both:
+        await link.start()
+    await until(lambda: any(link.state.permanent for link in both), what="one of them gives way")
+    loser = next(link for link in both if link.state.permanent)
+    assert "another client with the id same may be connected; next try in" in loser.state.reason
+    assert loser.counters.losses <= SOON_LOSSES + 1
+    winner = next(link for link in both if link is not loser)
+    await until(lambda: winner.connected, what="the other one has the connection")
 
 
 def test_properties_are_packed_as_paho_packs_them() -> None:
