@@ -182,6 +182,13 @@ class Tally:
         """Right answers per second."""
         return self.right / self.seconds if self.seconds else 0.0
 
+    def add(self, other: Tally) -> None:
+        """What came of further calls of the same kind."""
+        self.outcomes += other.outcomes
+        self.took_s += other.took_s
+        self.overdue_s = max(self.overdue_s, other.overdue_s)
+        self.seconds += other.seconds
+
     def text(self) -> str:
         return ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.outcomes.items())) or "no calls"
 
