@@ -22,7 +22,7 @@ from agent.core.clock import Clock
 from agent.core.errors import InferenceError, InvalidRequest, LinkError, Overloaded
 from agent.core.types import InferenceRequest
 from agent.ingress.base import Core
-from agent.ingress.payload import TooLarge, decode_json, read_options
+from agent.ingress.payload import TooLarge, check_model, decode_json, read_options
 from agent.ingress.sensors import Sensor
 from agent.link.mqtt import LinkFull, LinkState, Message, MessageProperties, MqttLink, Will, link_options
 from agent.telemetry.metrics import Metrics
@@ -176,10 +176,13 @@ class MqttDoor:
         admission = self._core.admission
         kind = (message.properties.content_type or JSON).partition(";")[0].strip().lower()
         if kind == JSON:
-            return admission.from_document(decode_json(message.payload), model=model, received=message.received)
+            document = decode_json(message.payload)
+            check_model(document, model)
+            return admission.from_document(document, model=model, received=message.received)
         if kind != RAW:
             raise InvalidRequest(f"content-type: must be {JSON} or {RAW}, found {kind[:64]!r}", field="content-type")
         raw = read_options(message.properties.user)
+        check_model(raw.options, model)
         return admission.from_bytes(
             message.payload,
             model=model,

@@ -64,6 +64,14 @@ def read_options(pairs: Iterable[tuple[str, str]]) -> RawOptions:
     return RawOptions(dtype, options.pop("scale", 1.0), options)
 
 
+def check_model(document: object, model: str) -> None:
+    """Refuse a document that names another model than the place it came to. Raises `InvalidRequest`."""
+    named = document.get("model") if isinstance(document, Mapping) else None
+    if named is not None and named != model:
+        found = repr(named)[:64]
+        raise InvalidRequest(f"model: must be {model!r} as in the topic, or left out; found {found}", field="model")
+
+
 def _text(key: str, text: str) -> str:
     return text
 

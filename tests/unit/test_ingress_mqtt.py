@@ -146,6 +146,8 @@ async def test_mqtt_3_client(rig: Rig) -> None:
         (b"[1, 2, 3, 4]", None, "(body)", "invalid_request"),
         (b"{}", None, "inputs", "invalid_request"),
         ({"inputs": [1, 2, 3, 4], "colour": "red"}, None, "colour", "invalid_request"),
+        ({"inputs": [1, 2, 3, 4], "model": "other"}, None, "model", "invalid_request"),
+        ({"inputs": [1, 2, 3, 4], "model": 5}, None, "model", "invalid_request"),
         ({"inputs": [1, 2, 3]}, None, "inputs.x", "invalid_request"),
         ({"inputs": ["a", 2, 3, 4]}, None, "inputs.x", "invalid_request"),
         ({"inputs": [[1], [2, 3], 4]}, None, "inputs.x", "invalid_request"),
@@ -168,7 +170,7 @@ async def test_malformed_requests_are_named_and_counted(
     assert rig.replies[-1].properties.get("status") == code
     assert rig.core.asked == []
     assert rig.door.counters.malformed == 1
-    assert (await rig.ask({"inputs": [1, 2, 3, 4]}))["label"] == "yes"
+    assert (await rig.ask({"inputs": [1, 2, 3, 4], "model": "toy"}))["label"] == "yes"
 
 
 @pytest.mark.parametrize(
@@ -180,6 +182,7 @@ async def test_malformed_requests_are_named_and_counted(
         (("priority", "1.5"), "priority"),
         (("use_cache", "maybe"), "use_cache"),
         (("colour", "red"), "colour"),
+        (("model", "other"), "model"),
     ],
 )
 async def test_wrong_options_are_named(rig: Rig, option: tuple[str, str], field: str) -> None:
