@@ -94,7 +94,9 @@ class ResultCache:
         self._entries: OrderedDict[CacheKey, Entry] = OrderedDict()
         self._last: OrderedDict[tuple[str, str], Entry] = OrderedDict()
         self._file = CacheFile(path, settings.max_cache_size) if path is not None else None
-        self._counts = {"fresh": 0, "stale": 0, "missed": 0, "expired": 0, "evicted": 0}
+        # What was found, whether or not the pipeline could use it; what was served, `counters` and the metrics tell.
+        self._lookups = {"fresh": 0, "stale": 0, "missed": 0}
+        self._counts = {"expired": 0, "evicted": 0}
 
     def open(self) -> None:
         """Load what the file has. Never raises for a bad file: `stats` tells."""
@@ -120,16 +122,16 @@ class ResultCache:
         """The answer to the same question, fresh or stale; None if there is none, or it is too old."""
         entry = self._entries.get(key)
         if entry is None:
-            self._counts["missed"] += 1
+            self._lookups["missed"] += 1
             return None
         hit = self._hit(entry)
         if hit is None:
             del self._entries[key]
             self._counts["expired"] += 1
-            self._counts["missed"] += 1
+            self._lookups["missed"] += 1
             return None
         self._entries.move_to_end(key)
-        self._counts[hit.state] += 1
+        self._lookups[hit.state] += 1
         return hit
 
     def last_known(self, producer: str, model: str, variant: str | None = None) -> Hit | None:
@@ -169,6 +171,7 @@ class ResultCache:
             "entries": len(self._entries),
             "last_known": len(self._last),
             "limit": self._settings.max_cache_size,
+            "lookups": dict(self._lookups),
             **self._counts,
             "file": None if self._file is None else self._file.stats(),
         }

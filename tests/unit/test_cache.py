@@ -37,7 +37,7 @@ def test_fresh_stale_expired() -> None:
     assert cache.last_known("sensor", "digits") is None
     assert cache.stats() == {
         "entries": 0, "last_known": 0, "limit": 10_000,
-        "fresh": 2, "stale": 1, "missed": 2, "expired": 1, "evicted": 0, "file": None,
+        "lookups": {"fresh": 2, "stale": 1, "missed": 2}, "expired": 1, "evicted": 0, "file": None,
     }  # fmt: skip
 
 
