@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import zlib
@@ -30,7 +31,9 @@ def _positive(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--link", type=Path, required=True, help="symlink to the serial port, made and removed here")
-    parser.add_argument("--flash", type=Path, required=True, help="file that is the board's flash")
+    parser.add_argument(
+        "--flash", type=Path, required=True, help="file that is the board's flash: one made here, or none yet"
+    )
     parser.add_argument(
         "--model",
         type=Path,
@@ -48,34 +51,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from .engine import open_engine
-    from .flash import FileFlash
+    from .flash import FileFlash, FlashRefused
     from .library import Hardware, LibraryMissing, known_operators
     from .machine import Machine, Settings
+    from .port import LinkClaim
     from .provision import Provisioner, ProvisionError
 
-    try:
-        engine = open_engine(args.arena, known_operators())
-        flash = FileFlash(args.flash)
-        if args.model:
-            provisioner = Provisioner()
-            provisioner.provision(Hardware(flash, provisioner.receive, engine), args.model)
-        settings = Settings(
-            link=args.link.absolute(),
-            control=args.control,
-            baud=args.baud,
-            window=args.window,
-            # Stable over restarts, and different for every flash file.
-            unique_id=zlib.crc32(str(args.flash.resolve()).encode()),
-        )
-        machine = Machine(settings, flash, engine)
-    except (LibraryMissing, ProvisionError, ImportError, OSError) as err:
-        print(f"virtual MCU: {err}", file=sys.stderr)
-        return 1
-    try:
+    with contextlib.ExitStack() as opened:
+        try:
+            engine = open_engine(args.arena, known_operators())
+            # Before anything is written: a board that cannot have its port leaves the flash alone.
+            opened.callback(LinkClaim(args.link).close)
+            flash = FileFlash(args.flash)
+            opened.callback(flash.close)
+            if args.model:
+                provisioner = Provisioner()
+                provisioner.provision(Hardware(flash, provisioner.receive, engine), args.model)
+            settings = Settings(
+                link=args.link.absolute(),
+                control=args.control,
+                baud=args.baud,
+                window=args.window,
+                # Stable over restarts, and different for every flash file.
+                unique_id=zlib.crc32(str(args.flash.resolve()).encode()),
+            )
+            machine = Machine(settings, flash, engine)
+            opened.callback(machine.close)
+        except (LibraryMissing, FlashRefused, ProvisionError, ImportError, OSError) as err:
+            print(f"virtual MCU: {err}", file=sys.stderr)
+            return 1
         machine.stop_on_signals()
         print(json.dumps({"event": "ready", "port": str(args.link), "engine": engine.name}), flush=True)
         machine.run()
-    finally:
-        machine.close()
-        flash.close()
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.metadata
 import os
@@ -15,6 +16,9 @@ from typing import Any, Protocol
 
 # Loading and running an unknown model once. A model that takes longer is none for a microcontroller.
 PROBE_LIMIT_S = 30
+
+PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
 
 _ARENA_TOTAL = re.compile(rb"Arena allocation total (\d+) bytes")
 _ARENA_TOO_SMALL = re.compile(rb"Failed to (?:allocate|resize)|arena", re.IGNORECASE)
@@ -200,9 +204,14 @@ def run_disposable(call: Callable[[], object]) -> bytes:
     """
     read, write = os.pipe()
     sys.stdout.flush()
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
         try:
+            # It holds the board's locks as well: they must end with a board that is killed (prctl(2)).
+            _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.alarm(PROBE_LIMIT_S)

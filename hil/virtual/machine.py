@@ -77,7 +77,11 @@ class Machine:
         self._wake_read.setblocking(False)
         self._watch(self._wake_read.fileno(), select.EPOLLIN, self._on_wake)
         self._control = ControlServer(settings.control, self) if settings.control else None
-        self._plug()
+        try:
+            self._plug()
+        except BaseException:
+            self.close()
+            raise
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -267,7 +271,7 @@ class ControlServer:
 
     def __init__(self, path: Path, machine: Machine) -> None:
         if path.is_socket():
-            path.unlink()  # left by one that was killed
+            _remove_stale(path)
         self._path = path
         self._machine = machine
         self._clients: dict[int, tuple[socket.socket, bytearray]] = {}
@@ -321,3 +325,17 @@ class ControlServer:
     def _drop(self, fd: int) -> None:
         self._machine._unwatch(fd)
         self._clients.pop(fd)[0].close()
+
+
+def _remove_stale(path: Path) -> None:
+    """Removes a socket left by one that was killed. Raises FileExistsError if somebody listens there."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except BlockingIOError:
+            pass  # a full queue of clients
+    raise FileExistsError(f"{path} is in use")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import pty
 import random
+import socket
 import tty
 from collections.abc import Iterator
 from math import log
@@ -14,12 +16,50 @@ from pathlib import Path
 BITS_PER_BYTE = 10  # start bit, eight data bits, stop bit
 
 
+PSEUDO_TERMINALS = "/dev/pts/"
+
+
+class LinkRefused(OSError):
+    """The link is in use, or something that is not ours has its name; nothing was touched."""
+
+
+class LinkClaim:
+    """The right to make `link` until `close`, or the end of the process however it ends. Raises LinkRefused.
+
+    A bound abstract socket: it needs no file, and so leaves none behind.
+    """
+
+    def __init__(self, link: Path) -> None:
+        check_link(link)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(link.parent, os.W_OK | os.X_OK):
+            raise LinkRefused(f"{link}: no permission to make a link in {link.parent}")
+        name = hashlib.sha256(os.fsencode(link.parent.resolve() / link.name)).hexdigest()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            self._socket.bind(f"\0edge-agent-virtual-{name}")
+        except OSError:
+            self._socket.close()
+            raise LinkRefused(f"{link} is in use by another virtual microcontroller") from None
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def check_link(link: Path) -> None:
+    """Raises LinkRefused if there is something that did not come from here."""
+    if link.is_symlink():
+        if not str(target := link.readlink()).startswith(PSEUDO_TERMINALS):
+            raise LinkRefused(f"{link} exists and is a link to {target}, which is no pseudo-terminal")
+    elif link.exists():
+        raise LinkRefused(f"{link} exists and is not a symlink")
+
+
 class Port:
     """A pseudo-terminal in raw mode. `link` points to what the gateway opens."""
 
     def __init__(self, link: Path) -> None:
-        if link.exists() and not link.is_symlink():
-            raise FileExistsError(f"{link} exists and is not a symlink")
+        check_link(link)
         self.link = link
         self.master, self._slave = pty.openpty()
         # The slave stays open here too: the master never sees a hang-up when the gateway closes its end.

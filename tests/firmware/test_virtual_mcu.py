@@ -22,6 +22,7 @@ import pytest
 from board import ACTIVE, ARENA, INVALID_MODEL, RETRY, ROOT, Hello, Image, Message, Receiver, Status, infer, line, model
 
 from hil.virtual.control import Control, ControlError
+from hil.virtual.flash import FLASH_SIZE, FileFlash
 
 # A start loads numpy and TensorFlow Lite Micro and forks once; this machine may be busy.
 START_LIMIT_S = 60.0
@@ -119,7 +120,7 @@ class Virtual:
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
-        self.process.communicate(timeout=STOP_LIMIT_S)
+        self.said = self.process.communicate(timeout=STOP_LIMIT_S)
         return self.process.returncode
 
 
@@ -146,8 +147,7 @@ def tflm_outputs(path: Path, inputs: list[bytes]) -> list[bytes]:
 
 
 def test_ready_hello_ping(mcu: Virtual) -> None:
-    assert mcu.ready["event"] == "ready"
-    assert mcu.ready["port"] == str(mcu.port)
+    assert (mcu.ready["event"], mcu.ready["port"]) == ("ready", str(mcu.port))
     with mcu.line() as gateway:
         hello = gateway.hello()
         assert (hello.board, hello.engine) == ("host", mcu.ready["engine"])
@@ -188,6 +188,7 @@ def test_update_over_the_line_outlives_a_restart(mcu: Virtual, tmp_path: Path) -
         gateway.hello()
         assert gateway.push(motion).code == 0
     assert mcu.stop() == 0
+    assert mcu.said == (b"", b"")  # nothing of the engine's while it loads models
     again = Virtual(tmp_path)
     with again.line() as gateway:
         states = {slot.sha256: slot.state for slot in gateway.hello().slots}
@@ -200,8 +201,10 @@ def test_a_provisioned_flash_is_left_alone(mcu: Virtual, tmp_path: Path) -> None
     assert mcu.stop() == 0
     before = mcu.flash.read_bytes()
     again = Virtual(tmp_path, "--model", DIGITS)
+    again.port.unlink()
+    again.port.symlink_to("/dev/pts/of-another")  # which it must not remove
     assert again.stop() == 0
-    assert mcu.flash.read_bytes() == before
+    assert (again.port.is_symlink(), mcu.flash.read_bytes()) == (True, before)
 
 
 def test_models_that_would_crash_the_engine(mcu: Virtual) -> None:
@@ -326,8 +329,7 @@ def test_sigterm_leaves_nothing_and_sigkill_nothing_that_matters(tmp_path: Path)
     with second.line() as gateway, Control(second.socket):
         assert gateway.ask("INFER", infer(Image(model()))).type == "RESULT"
     assert second.stop() == 0
-    assert not second.port.is_symlink()
-    assert not second.socket.exists()
+    assert (second.port.is_symlink(), second.socket.exists()) == (False, False)
 
 
 def test_control_refuses_what_it_does_not_know(mcu: Virtual) -> None:
@@ -338,25 +340,60 @@ def test_control_refuses_what_it_does_not_know(mcu: Virtual) -> None:
         assert control.stats()["plugged"]
 
 
-def test_errors_at_the_start(tmp_path: Path) -> None:
-    def run(*options: str | Path, **environ: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "hil.virtual", *map(str, options)],
-            cwd=ROOT,
-            env={**os.environ, **environ},
-            capture_output=True,
-            text=True,
-            timeout=START_LIMIT_S,
-        )
-        assert done.returncode == 1
-        return done.stderr
+def refused(*options: str | Path, **environ: str) -> str:
+    """What it says of a start that fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hil.virtual", *map(str, options)],
+        cwd=ROOT,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=START_LIMIT_S,
+    )
+    assert done.returncode == 1
+    return done.stderr
 
+
+def test_errors_at_the_start(tmp_path: Path) -> None:
     link = ("--link", tmp_path / "port", "--flash", tmp_path / "flash")
-    assert "script/firmware host" in run(*link, EDGE_AGENT_FIRMWARE=str(tmp_path / "none.so"))
+    assert "script/firmware host" in refused(*link, EDGE_AGENT_FIRMWARE=str(tmp_path / "none.so"))
     bad = tmp_path / "bad.tflite"
     bad.write_bytes(model()[:1000])
-    assert f"{bad}: error {INVALID_MODEL}" in run(*link, "--model", bad)
+    assert f"{bad}: error {INVALID_MODEL}" in refused(*link, "--model", bad)
     occupied = tmp_path / "file"
     occupied.write_text("mine")
-    assert "not a symlink" in run("--link", occupied, "--flash", tmp_path / "flash")
+    assert "not a symlink" in refused("--link", occupied, "--flash", tmp_path / "flash")
     assert occupied.read_text() == "mine"
+    occupied.unlink()
+    occupied.symlink_to("ttyACM0")
+    assert "no pseudo-terminal" in refused("--link", occupied, "--flash", tmp_path / "untouched")
+    assert (str(occupied.readlink()), (tmp_path / "untouched").exists()) == ("ttyACM0", False)
+
+
+def test_a_file_that_is_no_flash_is_not_touched(tmp_path: Path) -> None:
+    diary, padded, port = tmp_path / "diary", tmp_path / "padded", tmp_path / "port"
+    diary.write_text("dear diary")
+    padded.write_bytes(b"x" * FLASH_SIZE)
+    for path in (diary, padded):
+        before = path.read_bytes()
+        assert "no flash of a virtual microcontroller" in refused("--link", port, "--flash", path, "--model", DIGITS)
+        assert (path.read_bytes(), port.is_symlink()) == (before, False)
+    assert "is not a file" in refused("--link", port, "--flash", "/dev/null")
+    # Cut off while it was made, or made by hand.
+    for size in (0, 5000):
+        padded.write_bytes(b"\xff" * size)
+        FileFlash(padded).close()
+        assert padded.read_bytes() == b"\xff" * FLASH_SIZE
+
+
+def test_a_second_board_is_refused_and_takes_nothing(mcu: Virtual, tmp_path: Path) -> None:
+    pointed, held = mcu.port.readlink(), mcu.flash.read_bytes()
+    other = tmp_path / "other"
+    assert f"{mcu.port} is in use by another" in refused("--link", mcu.port, "--flash", other)
+    assert not other.exists()
+    assert f"{mcu.flash} is in use by another" in refused("--link", other, "--flash", mcu.flash, "--model", MOTION)
+    free = ("--link", other, "--flash", tmp_path / "free", "--control", mcu.socket)
+    assert f"{mcu.socket} is in use" in refused(*free)
+    assert (mcu.port.readlink(), mcu.flash.read_bytes()) == (pointed, held)
+    with mcu.line() as gateway, Control(mcu.socket):
+        assert gateway.ask("INFER", infer(Image(model()))).type == "RESULT"
