@@ -276,7 +276,9 @@ class CloudLane:
         worker = message.topic[len(self._presence_prefix) :]
         if not message.payload:
             if self._workers.pop(worker, None) is not None:
-                log.info("worker left", extra={"lane": self.lane.name, "worker": worker})
+                # Its own goodbye, or the broker's in its name when the connection broke: no telling which.
+                extra = {"lane": self.lane.name, "worker": worker, "workers": len(self._workers)}
+                log.warning("worker left", extra=extra)
         elif worker in self._workers or len(self._workers) < MAX_WORKERS:
             try:
                 presence = protocol.Presence.from_bytes(message.payload)
@@ -300,7 +302,8 @@ class CloudLane:
             return
         for worker in [worker for worker, present in self._workers.items() if present.until <= now]:
             del self._workers[worker]
-            log.warning("worker no longer says it is there", extra={"lane": self.lane.name, "worker": worker})
+            extra = {"lane": self.lane.name, "worker": worker, "workers": len(self._workers)}
+            log.warning("worker no longer says it is there", extra=extra)
         self._changed()
 
 

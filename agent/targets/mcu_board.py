@@ -86,6 +86,8 @@ class Board:
         self._state = BoardState.STOPPED
         self._since = clock.wall()
         self._connects = 0
+        self._connected = False
+        """The line was opened, so that its end is a loss."""
         self._task: asyncio.Task[None] | None = None
         self._round_trip_s: float | None = None
         self._clock_offset_s: float | None = None
@@ -164,7 +166,7 @@ class Board:
         """Supervision ends by `stop` only; anything else is a defect that must not look like a board that is there."""
         error = None if task.cancelled() else task.exception()
         if error is not None:
-            log.critical("%s: supervision ended", self.port, exc_info=error)
+            log.critical("supervision of a board ended", extra={"port": self.port}, exc_info=error)
             self._enter(BoardState.STOPPED, f"{self.port}: supervision ended: {error!r}")
 
     async def _supervise(self) -> None:
@@ -180,7 +182,7 @@ class Board:
             if self._clock.monotonic() - began >= STABLE_S:
                 self._backoff.succeeded()
             wait_s = self._backoff.failed(self._clock.monotonic(), permanent=error.permanent)
-            self._enter(BoardState.WAITING, str(error))
+            self._lost(str(error))
             await self._pause(wait_s)
 
     async def _pause(self, wait_s: float) -> None:
@@ -207,6 +209,7 @@ class Board:
             await session.open(self._clock.monotonic() + OPEN_TIMEOUT_S)
             self._session = session
             self._connects += 1
+            self._connected = True
             self._enter(BoardState.CONNECTED, "")
             self._adopt(session.hello)
             return await self._watch(session)
@@ -241,7 +244,7 @@ class Board:
             self._round_trip_s, self._clock_offset_s = pinged.round_trip_s, pinged.offset_s
             self._mcu_counters = (await session.stats(self._clock.monotonic() + PING_TIMEOUT_S)).by_name()
         except (TimeoutError, EdgeAgentError) as error:
-            log.warning("%s: health check failed: %s", self.port, error)
+            log.warning("board did not answer a health check", extra=self._about(str(error)))
             return False
         return True
 
@@ -249,7 +252,7 @@ class Board:
         try:
             await session.refresh(self._clock.monotonic() + PING_TIMEOUT_S)
         except (LinkError, ProtocolError, RemoteError) as error:
-            log.warning("%s: HELLO was not answered: %s", self.port, error)
+            log.warning("board did not say what it runs", extra=self._about(str(error)))
 
     def _on_hello(self, hello: Hello) -> None:
         if self._session is not None:
@@ -258,7 +261,11 @@ class Board:
     def _adopt(self, hello: Hello) -> None:
         self._hello = hello
         self._variant, self._reason = self._usable(hello)
-        log.info("%s: %s %s, %s: %s", self.port, hello.board, hello.build, hello.engine, self._reason or "ready")
+        about = {"board": hello.board, "build": hello.build, "engine": hello.engine}
+        if self._variant is not None:
+            log.info("board ready", extra={"port": self.port, "model": self._variant.name, **about})
+        else:
+            log.warning("board cannot be asked", extra={**self._about(self._reason), **about})
 
     def _usable(self, hello: Hello) -> tuple[Variant | None, str]:
         """What the board runs, or why it is of no use."""
@@ -273,12 +280,24 @@ class Board:
         return variant, ""
 
     def _on_log(self, line: Log) -> None:
-        log.log(LOG_LEVELS.get(line.level, logging.INFO), "%s: %s", self.port, line.text)
+        level = LOG_LEVELS.get(line.level, logging.INFO)
+        log.log(level, "board says", extra={"port": self.port, "text": line.text})
+
+    def _lost(self, reason: str) -> None:
+        """The line ended, or could not be opened: told once, and again for another reason than before."""
+        if self._connected:
+            log.warning("board lost", extra=self._about(reason))
+        elif reason != self._reason:
+            log.warning("board not reached", extra=self._about(reason))
+        self._connected = False
+        self._enter(BoardState.WAITING, reason)
+
+    def _about(self, reason: str) -> dict[str, Any]:
+        """Fields of an event; errors begin with the port, which is a field of its own."""
+        return {"port": self.port, "reason": reason.removeprefix(f"{self.port}: ")}
 
     def _enter(self, state: BoardState, reason: str) -> None:
         if state is not self._state:
             self._state = state
             self._since = self._clock.wall()
-        if reason and reason != self._reason:
-            log.info("%s", reason)
         self._reason = reason

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -316,7 +317,7 @@ async def test_a_defect_in_the_supervision_is_told(caplog: pytest.LogCaptureFixt
     await target.start()
     await asyncio.sleep(1)
     assert "a defect" in target.availability().reason
-    assert "supervision ended" in caplog.text
+    assert ("supervision of a board ended", "/dev/a") in [(e.msg, vars(e)["port"]) for e in caplog.records]
     await target.stop()
 
 
@@ -353,6 +354,29 @@ async def test_status_is_plain_json() -> None:
     assert ports[0]["mcu_counters"]["inferences"] == 0
     await target.stop()
     assert all(port["state"] == "stopped" for port in target.status()["ports"])
+
+
+@virtual_time
+async def test_events_are_the_same_words_and_a_lost_board_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "agent.targets")
+    bench = Bench({"/dev/a": FakeMcu()})
+    target = await bench.started()
+    mcu = bench.unplug("/dev/a")
+    await asyncio.sleep(3)
+    bench.boards["/dev/a"] = mcu
+    mcu.hello = replace(mcu.hello, slots=(EMPTY_SLOT,))
+    await asyncio.sleep(6)
+    await target.stop()
+    told = [(e.levelname, e.msg, e.args, vars(e)["port"], vars(e).get("reason")) for e in caplog.records]
+    assert told == [
+        ("INFO", "board ready", (), "/dev/a", None),
+        ("WARNING", "board lost", (), "/dev/a", "unplugged: Input/output error"),
+        ("WARNING", "board not reached", (), "/dev/a", "unplugged: no such device"),
+        ("WARNING", "board cannot be asked", (), "/dev/a", "no model is active: push one with edge-agent mcu push"),
+    ]
+    ready, last = vars(caplog.records[0]), vars(caplog.records[-1])
+    assert (ready["board"], ready["engine"], ready["model"]) == ("fake", "none-of-yours 1.0", "toy/small")
+    assert last["board"] == "fake"
 
 
 @virtual_time
