@@ -125,9 +125,23 @@ class App:
                 "http": self.http.status() if self._config.http.enabled else None,
                 "mqtt": self.mqtt.status() if self.mqtt else None,
             },
-            "components": [*self.supervisor.status(), *_target_components(targets)],
+            "components": [*self.supervisor.status(), *self._parts(), *_target_components(targets)],
             "load": {**self.load.latest, "loop_lag_ms": round(self._lag_s * 1e3, 3)},
         }
+
+    def _parts(self) -> list[dict[str, Any]]:
+        """The doors and the store as components."""
+        parts: list[dict[str, Any]] = []
+        if self._config.http.enabled:
+            parts.append({"name": "http door", "state": "up", "reason": ""})
+        if self.mqtt:
+            link = self.mqtt.link.state
+            since_s = round(self._clock.monotonic() - link.since, 3)
+            state = "up" if link.connected else "down"
+            parts.append({"name": "mqtt door", "state": state, "reason": link.reason, "since_s": since_s})
+        trouble = self.cache.problem() if hasattr(self.cache, "problem") else ""
+        parts.append({"name": "cache", "state": "degraded" if trouble else "up", "reason": trouble})
+        return parts
 
     def recent(self) -> list[dict[str, Any]]:
         """The last answers and refusals, newest first."""

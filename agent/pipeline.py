@@ -165,7 +165,7 @@ class Pipeline:
         key = cache_key(request.model, request.variant, request.inputs)
         hit = self._cache.get(key)
         if hit is not None and hit.state is Freshness.FRESH and request.use_cache:
-            return self._remembered(request, hit, ("cache: the same input was answered before",))
+            return self._remembered(request, hit, (*request.notes, "cache: the same input was answered before"))
         if self.in_flight > self._max_in_flight:
             refusal = Overloaded(
                 f"{self._max_in_flight} requests are in flight (routing.max_in_flight)", retry_after_s=RETRY_AFTER_S
@@ -206,7 +206,7 @@ class Pipeline:
             stale=False,
             age_s=0.0,
             attempts=routed.attempts,
-            reasons=routed.reasons,
+            reasons=request.notes + routed.reasons,
         )
 
     def _fallback(
@@ -231,7 +231,12 @@ class Pipeline:
             raise refusal
         answer = self._remembered(request, hit, (*reasons, why))
         return answer._replace(
-            tier=Tier.FALLBACK, stale=True, same_input=same_input, attempts=attempts, cost_usd=cost_usd
+            tier=Tier.FALLBACK,
+            stale=True,
+            same_input=same_input,
+            confidence=answer.confidence if same_input else None,
+            attempts=attempts,
+            cost_usd=cost_usd,
         )
 
     def _remembered(self, request: InferenceRequest, hit: Hit, reasons: tuple[str, ...]) -> InferenceResult:

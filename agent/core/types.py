@@ -75,6 +75,8 @@ class InferenceRequest:
     use_cache: bool = True
     """Whether a fresh cached answer to the same input will do. A stale one is always better than none."""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    """What is odd about the inputs, in words; they head the reasons of the answer."""
 
 
 class TargetAnswer(NamedTuple):
@@ -129,7 +131,7 @@ class InferenceResult(NamedTuple):
     outputs: Tensors
     label: str | None
     confidence: float | None
-    """Highest class probability, 0 to 1; None where the model has no labels."""
+    """Highest class probability, 0 to 1; None where the model has no labels, and for an answer to an earlier input."""
     tier: Tier
     origin_tier: Tier
     target: str

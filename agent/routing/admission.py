@@ -153,6 +153,7 @@ class Admission:
             allowed_regions=_regions(options),
             use_cache=_boolean(options, "use_cache", True),
             metadata=_metadata(options),
+            notes=_notes(inputs, family),
         )
 
     def _deadline(self, options: Mapping[str, Any]) -> tuple[LatencyClass, float]:
@@ -169,6 +170,20 @@ class Admission:
         else:
             latency_class = LatencyClass.INTERACTIVE
         return latency_class, self._deadlines_s[latency_class] if deadline_ms is None else deadline_ms / 1e3
+
+
+def _notes(inputs: Mapping[str, Tensor], family: Family) -> tuple[str, ...]:
+    """Inputs outside of what the model was trained on are answered, and the answer says so."""
+    notes = []
+    for spec in family.inputs:
+        if spec.minimum is None or spec.maximum is None:
+            continue
+        low, high = float(inputs[spec.name].min()), float(inputs[spec.name].max())
+        if low < spec.minimum or high > spec.maximum:
+            unit = f" {spec.unit}" if spec.unit else ""
+            trained = f"{spec.minimum:g} to {spec.maximum:g}{unit}"
+            notes.append(f"inputs.{spec.name}: {low:g} to {high:g}; the model was trained on {trained}")
+    return tuple(notes)
 
 
 def class_of(deadline_ms: float, limits: LatencyThresholds) -> LatencyClass:
@@ -213,7 +228,9 @@ def _integer(options: Mapping[str, Any], key: str, default: int, low: int, high:
     value = options.get(key)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, int):
+        _refuse(key, f"must be a whole number, found {_kind(value)}")
+    if not low <= value <= high:
         _refuse(key, f"must be a whole number from {low} to {high}, found {_shown(value)}")
     return value
 
@@ -222,7 +239,9 @@ def _milliseconds(options: Mapping[str, Any], key: str) -> float | None:
     value = options.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_DEADLINE_MS:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        _refuse(key, f"must be a number of milliseconds, found {_kind(value)}")
+    if not 0 < value <= MAX_DEADLINE_MS:
         _refuse(key, f"must be above 0 and at most {MAX_DEADLINE_MS:.0f} milliseconds, found {_shown(value)}")
     return float(value)
 

@@ -183,7 +183,7 @@ def _first(
         return chosen, f"score {scores[chosen.name]:.0f}; no edge tier {why}"
     edge = best(edges)
     if not affordable:
-        why = "no cloud lane can answer"
+        why = "no cloud lane can answer in time"
         if clouds:
             why = f"cloud costs more than {settings.max_cloud_cost:g} USD"
         elif any(candidate.tier.is_cloud for candidate in possible):

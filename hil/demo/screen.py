@@ -91,7 +91,9 @@ class Screen:
         latency = f"{times[len(times) // 2] * 1e3:.1f} ms"
         if "error" in answer:
             return who, "refused", latency, "", str(answer["error"]["message"])
-        return who, tier_text(last), latency, f"{answer['confidence']:.0%}", why(last)
+        sure = "" if answer["confidence"] is None else f"{answer['confidence']:.0%}"
+        late = "" if answer["deadline_met"] else " LATE"
+        return who, tier_text(last), latency + late, sure, why(last)
 
 
 def tier_text(row: Asked) -> str:

@@ -213,3 +213,14 @@ def test_any_bytes_are_refused_or_a_whole_request(data: bytes, dtype: str | None
     else:
         assert request.inputs["window"].shape == (1, 4)
         assert np.isfinite(request.inputs["window"]).all()
+
+
+def test_inputs_outside_of_the_training_range_are_answered_and_named() -> None:
+    ranged = family_document(
+        inputs=[{"name": "window", "dtype": "float32", "shape": [1, 4], "minimum": 0, "maximum": 16, "unit": "grey"}]
+    )
+    admission = Admission(make_catalog(ranged=ranged), RoutingSection(), ManualClock(), batch_deadline_s=5.0)
+    inside = admission.from_document({"model": "ranged", "inputs": [0, 1, 2, 16]})
+    outside = admission.from_document({"model": "ranged", "inputs": [-1, 0, 0, 255]})
+    assert inside.notes == ()
+    assert outside.notes == ("inputs.window: -1 to 255; the model was trained on 0 to 16 grey",)

@@ -202,6 +202,7 @@ async def test_the_last_known_answer_of_the_producer_is_said_to_be_of_another_in
     house.unplug()
     result = await house.infer(producer="press-7", inputs=OTHER)
     assert (result.tier, result.stale, result.same_input, result.age_s) == ("fallback", True, False, pytest.approx(5))
+    assert result.confidence is None, "how sure the model was of an earlier input says nothing of this one"
     assert result.reasons[-1] == "cache: no target answered; the last known answer of producer press-7"
     assert isinstance(await house.refusal(producer="press-8", inputs=OTHER), Unavailable)
     assert isinstance(await house.refusal(producer="press-7", inputs=OTHER, variant="large"), Unavailable)

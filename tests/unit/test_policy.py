@@ -220,7 +220,7 @@ def test_the_first_constraint_in_their_order_is_the_one_given() -> None:
 @pytest.mark.parametrize(
     ("asked", "candidates", "changed", "reason"),
     [
-        (question(REALTIME), (MCU, GPU), {}, "mcu: score 130; no cloud lane can answer"),
+        (question(REALTIME), (MCU, GPU), {}, "mcu: score 130; no cloud lane can answer in time"),
         (question(NEAR), (GPU, CLOUD), {}, "gpu: score 115 >= 0.7 x cloud 64"),
         (question(BATCH), (GPU, CLOUD), {}, "cloud: score 109; gpu 65 is below 76"),
         (question(BATCH), (GPU, CLOUD), {"max_cloud_cost": 0.0001}, "gpu: score 65; cloud costs more than 0.0001 USD"),
