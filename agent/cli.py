@@ -79,7 +79,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from agent.config_load import load_config
+    from agent.config_load import cautions, load_config
     from agent.registry.catalog import load_catalog
     from agent.registry.locate import catalog_path
 
@@ -92,6 +92,8 @@ def _check(args: argparse.Namespace) -> int:
     ]
     if unknown:
         raise ConfigError(unknown)
+    for caution in cautions(config):
+        print(f"{args.config}: note: {caution}", file=sys.stderr)
     lanes, boards = len(config.cloud.lanes), len(config.edge_mcu.ports)
     print(f"{args.config}: ok: {boards} microcontrollers, {lanes} cloud lanes, {len(config.sensors)} sensors")
     return EXIT_OK

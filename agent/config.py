@@ -25,8 +25,10 @@ from pydantic import (
     model_validator,
 )
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
-Topic = Annotated[str, Field(pattern=r"^[^#+\x00]{1,200}$")]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+TOPIC_PATTERN = r"^[^#+\x00]{1,200}$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Topic = Annotated[str, Field(pattern=TOPIC_PATTERN)]
 Priority = Annotated[int, Field(ge=1, le=10)]
 ClassName = Literal["realtime", "near", "interactive", "batch"]
 
@@ -53,17 +55,33 @@ class Section(BaseModel):
         field = cls.model_fields[info.field_name or ""]
         allowed = {field.annotation, *get_args(field.annotation)}  # also of a Literal
         if allowed & {int, float, 0} and (isinstance(value, bool) or type(value) is str):
-            raise ValueError("must be a number without a unit; the unit is in the name of the key")
+            raise ValueError(_not_a_number(value, info.field_name or ""))
         if bool in allowed and not isinstance(value, bool | Substituted):
             raise ValueError("must be true or false")
         return value
 
 
+def _not_a_number(value: object, key: str) -> str:
+    if isinstance(value, str) and re.fullmatch(r"\s*[\d.]+\s*[A-Za-zµ%]+\s*", value):
+        named = key.endswith(("_ms", "_s", "_bytes"))
+        return f"must be a number without a unit{'; the unit is in the name of the key' if named else ''}"
+    quoted = isinstance(value, str) and re.fullmatch(r"\s*-?[\d.]+\s*", value)
+    return "must be a number without quotes" if quoted else "must be a number"
+
+
 class GatewaySection(Section):
     id: Name = Field(default_factory=lambda: re.sub(r"[^A-Za-z0-9_.-]", "-", platform.node())[:64] or "gateway")
     state_dir: Path = Path("/var/lib/edge-agent")
+    """Absolute: where the daemon was started from must not decide where its state is."""
     drain_timeout_s: float = Field(default=5.0, ge=0, le=300)
     """How long a stop waits for requests in flight."""
+
+    @field_validator("state_dir", mode="after")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        if not value.is_absolute():
+            raise ValueError("must be absolute")
+        return value
 
 
 class ModelsSection(Section):

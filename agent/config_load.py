@@ -10,24 +10,52 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import SecretStr, ValidationError
 
-from agent.config import Config, Section, Substituted
+from agent.config import NAME_PATTERN, TOPIC_PATTERN, BrokerSection, Config, Section, Substituted
 from agent.core.documents import NotYaml, parse_yaml, read_yaml
 from agent.core.errors import ConfigError
 
 ENV_PREFIX = "EDGE_AGENT__"
+OTHER_VARIABLES = frozenset(f"EDGE_AGENT_{name}" for name in ("EXTRAS", "NO_APT", "FIRMWARE", "TEST_PORT", "TEST_BAUD"))
+"""Variables of the scripts and tests, which are no settings."""
 MAX_CONFIG_BYTES = 1_000_000
 MAX_DEPTH = 16
 """No key of the tree lies deeper than five levels."""
 _REFERENCE = re.compile(r"\$\{(credential:)?([A-Za-z0-9_.-]{1,100})\}")
 _SECRET_KEY = re.compile(r"password|secret|token|key$", re.IGNORECASE)
 _USERINFO = re.compile(r"//[^/]*@")
+
+_KUBERNETES = re.compile(r"EDGE_AGENT_(SERVICE_(HOST|PORT)|PORT$|PORT_\d+_)")
+"""What Kubernetes sets for every container beside a service of the name `edge-agent`."""
+_WORDS = {
+    "missing": "is required",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "finite_number": "must be a finite number",
+    "literal_error": "must be {expected}",
+    "too_short": "must have at least {min_length} items",
+    "too_long": "must have at most {max_length} items",
+    **dict.fromkeys(("string_type", "string_sub_type", "string_unicode"), "must be text"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "must be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),
+    **dict.fromkeys(("tuple_type", "list_type"), "must be a list, such as [a, b]"),
+    **dict.fromkeys(("model_type", "dict_type", "mapping_type"), "must be a section with keys of its own"),
+    "path_type": "must be a path",
+}
+"""In plain words, what pydantic says in its own. By its type of error, with what it says about the limits."""
+_PATTERNS = {
+    NAME_PATTERN: "must be 1 to 64 letters, digits, _, . and -, and begin with a letter or a digit",
+    TOPIC_PATTERN: "must be a topic of 1 to 200 characters, without + and #",
+}
 
 At = tuple[str, ...]
 """Path of a key."""
@@ -37,6 +65,7 @@ def load_config(path: Path | None, environ: Mapping[str, str] | None = None) -> 
     """The validated tree. `path` None: defaults and environment alone. Raises `ConfigError`."""
     environ = os.environ if environ is None else environ
     name = str(path) if path is not None else "environment"
+    _refuse_misspelt(environ)
     tree = _read(path) if path is not None else {}
     variables = _apply_environment(tree, environ)
     references: dict[At, str] = {}
@@ -45,10 +74,98 @@ def load_config(path: Path | None, environ: Mapping[str, str] | None = None) -> 
     if problems:
         raise ConfigError([f"{name}: {problem}" for problem in problems])
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
-        faults = error.errors(include_url=False, include_context=False)
+        faults = _telling(error.errors(include_url=False))
+    else:
+        faults = list(_unworkable(config))
+        if not faults:
+            return config
     raise ConfigError([f"{_origin(fault, name, variables)}: {_describe(fault, references)}" for fault in faults])
+
+
+def cautions(config: Config) -> list[str]:
+    """What may keep a valid configuration from working, and cannot be known from here."""
+    found = []
+    gpu = config.edge_gpu
+    if gpu.enabled and gpu.strict_provider and (gpu.accelerator == "gpu" or gpu.providers[0] != "cpu"):
+        found.append("edge_gpu.strict_provider: only a start can tell whether the accelerator can be used")
+    folder = _nearest(config.gateway.state_dir)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        found.append(
+            f"gateway.state_dir: {folder} cannot be written to by this user; the daemon's own must be able to, "
+            "or answers are remembered only until it stops"
+        )
+    return found
+
+
+def _unworkable(config: Config) -> Iterator[dict[str, Any]]:
+    """What is valid in itself and cannot work: files that are not there, topics that are taken. Creates nothing."""
+    requests = ("edge", config.gateway.id, "infer", "+")
+    for topic in config.sensors:
+        levels = topic.split("/")
+        if levels[:2] == [*requests[:2]] or (
+            len(levels) == 4 and all(level in ("+", own) for level, own in zip(levels, requests, strict=True))
+        ):
+            yield _fault(
+                ("sensors", topic), "among the daemon's own topics, edge/{gateway.id}/…; readings need another"
+            )
+    brokers: list[tuple[At, BrokerSection]] = [(("mqtt",), config.mqtt)] if config.mqtt.enabled else []
+    brokers += [(("cloud", "lanes", str(index)), lane) for index, lane in enumerate(config.cloud.lanes)]
+    for at, broker in brokers:
+        for key in ("ca_file", "cert_file", "key_file"):
+            path = getattr(broker, key)
+            if path is not None and (reason := _unreadable(path)):
+                yield _fault((*at, key), f"cannot be read: {reason}", path)
+    state_dir = config.gateway.state_dir
+    if not _nearest(state_dir).is_dir():
+        yield _fault(("gateway", "state_dir"), "must be a folder: it, or what is around it, is a file", state_dir)
+
+
+def _fault(at: At, message: str, found: object = None) -> dict[str, Any]:
+    """In the form in which pydantic tells of one."""
+    return {"loc": at, "msg": message, "type": "unworkable", "input": found}
+
+
+def _unreadable(path: Path) -> str | None:
+    try:
+        if not path.is_file():
+            return "not a file" if path.exists() else "no such file"
+        with path.open("rb") as file:
+            file.read(1)
+    except (OSError, ValueError) as error:
+        return (getattr(error, "strerror", None) or str(error)).lower()
+    return None
+
+
+def _nearest(path: Path) -> Path:
+    """The path, or the innermost folder around it that exists."""
+    return next((at for at in (path, *path.parents) if os.path.lexists(at)), path)
+
+
+def _refuse_misspelt(environ: Mapping[str, str]) -> None:
+    """`EDGE_AGENT_HTTP_PORT` would be taken for a setting by whoever set it, and by nobody else."""
+    problems = []
+    for variable in sorted(environ):
+        if (
+            not variable.startswith("EDGE_AGENT_")
+            or variable.startswith(ENV_PREFIX)
+            or variable in OTHER_VARIABLES
+            or _KUBERNETES.match(variable)
+        ):
+            continue
+        meant = variable.removeprefix("EDGE_AGENT_").replace("_", "").upper()
+        right = next((name for name in _variables(Config) if name.replace("_", "") == meant), "SECTION__KEY")
+        problems.append(f"{variable}: not a setting: {ENV_PREFIX}{right} is, with two underscores between its parts")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _variables(section: type[Section]) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield name.upper()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from (f"{name.upper()}__{inner}" for inner in _variables(field.annotation))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -155,7 +272,9 @@ def _describe(fault: Any, references: Mapping[At, str]) -> str:
     where = ".".join(at) or "(whole file)"
     if fault["type"] == "extra_forbidden":
         return f"{where}: unknown key; {_known_keys(at)}"
-    message = fault["msg"].removeprefix("Value error, ")
+    message = _plain_words(fault)
+    if where == "edge_mcu.ports" and fault["type"] == "tuple_type":
+        message = "must be a list, such as [/dev/ttyACM0]; a single one may be given as `port`"
     found = fault.get("input")
     if at in references:
         return f"{where}: {message}, found the value of {references[at]}"
@@ -166,6 +285,27 @@ def _describe(fault: Any, references: Mapping[At, str]) -> str:
     ):
         return f"{where}: {message}"
     return f"{where}: {message}, found {_shown(found)!r}"
+
+
+def _telling(faults: Sequence[Any]) -> list[Any]:
+    """Without what only follows from another fault: a list that is short because its items were refused."""
+    return [
+        fault
+        for fault in faults
+        if fault["type"] != "too_short"
+        or not any(len(o["loc"]) > len(fault["loc"]) and o["loc"][: len(fault["loc"])] == fault["loc"] for o in faults)
+    ]
+
+
+def _plain_words(fault: Any) -> str:
+    limits = fault.get("ctx", {})
+    if fault["type"] == "string_pattern_mismatch" and limits.get("pattern") in _PATTERNS:
+        return _PATTERNS[limits["pattern"]]
+    words = _WORDS.get(fault["type"])
+    if words is None:
+        return str(fault["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
+    limits = {key: f"{value:g}" if isinstance(value, float) else value for key, value in limits.items()}
+    return words.format_map(limits).replace("at least 1 items", "at least 1 item")
 
 
 def _shown(value: Any) -> str:

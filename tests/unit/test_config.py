@@ -125,7 +125,7 @@ cloud:
   lanes:
     - {name: frankfurt, kind: gpu, broker: 'mqtts://a.example:8883', topic: lanes/f, cost_per_request: 0.002,
        timeout_ms: 900, max_concurrent: 10, username: gw, password: '${credential:lane}', region: eu-central,
-       ca_file: /etc/ca.pem, cert_file: /etc/c.pem, key_file: /etc/k.pem}
+       ca_file: '${PEM}', cert_file: '${PEM}', key_file: '${PEM}'}
     - {name: spare, kind: serverless, broker: 'mqtt://b.example', backup: true}
 fallback: {cache_ttl: 60, max_cache_size: 10, enable_stale_results: false, stale_ttl: 60}
 mqtt: {broker: 'mqtt://[::1]:1884', username: u, password: '${BROKER_PASSWORD}'}
@@ -163,7 +163,9 @@ def test_defaults_of_lanes_and_sensors(tmp_path: Path) -> None:
 
 def test_a_full_file_is_read_as_written(tmp_path: Path) -> None:
     (tmp_path / "lane").write_text("s3cret\n")
-    config = load(tmp_path, FULL, CREDENTIALS_DIRECTORY=str(tmp_path), BROKER_PASSWORD="12345")
+    (tmp_path / "tls.pem").write_text("-----BEGIN\n")
+    pem = str(tmp_path / "tls.pem")
+    config = load(tmp_path, FULL, CREDENTIALS_DIRECTORY=str(tmp_path), BROKER_PASSWORD="12345", PEM=pem)
     assert config.gateway.id == "press-7"
     assert config.edge_mcu.ports == ("/dev/ttyACM0",)
     assert config.edge_gpu.providers == ("cuda", "cpu")

@@ -1,5 +1,6 @@
 """What the configuration refuses, in which words, and that no word of it is a secret."""
 
+import os
 import traceback
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from agent.config import Config, LaneSection, MqttSection
-from agent.config_load import MAX_CONFIG_BYTES, load_config
+from agent.config_load import MAX_CONFIG_BYTES, cautions, load_config
 from agent.core.errors import ConfigError
 
 SECRET = "hunter2-swordfish"
@@ -35,34 +36,53 @@ REFUSED = [
     ("edge_mcu: {timeout_ms: 50ms}", "found '50ms'"),
     ("edge_mcu: {timeout_ms: '50'}", "edge_mcu.timeout_ms: must be a number"),
     ("edge_mcu: {timeout_ms: true}", "edge_mcu.timeout_ms: must be a number"),
-    ("edge_mcu: {timeout_ms: 0}", "edge_mcu.timeout_ms: Input should be greater than 0, found '0'"),
-    ("edge_mcu: {timeout_ms: .nan}", "edge_mcu.timeout_ms: Input should be a finite number, found 'nan'"),
-    ("edge_mcu: {timeout_ms: .inf}", "edge_mcu.timeout_ms: Input should be "),
-    ("edge_mcu: {baud: 9600.5}", "edge_mcu.baud: Input should be a valid integer"),
-    ("edge_mcu: {baud: 0x" + "f" * 5000 + "}", "edge_mcu.baud: Input should be less than or equal to 20000000"),
+    ("edge_mcu: {timeout_ms: 0}", "edge_mcu.timeout_ms: must be greater than 0, found '0'"),
+    ("edge_mcu: {timeout_ms: .nan}", "edge_mcu.timeout_ms: must be a finite number, found 'nan'"),
+    ("edge_mcu: {timeout_ms: .inf}", "edge_mcu.timeout_ms: must be a finite number"),
+    ("edge_mcu: {baud: 9600.5}", "edge_mcu.baud: must be a whole number"),
+    ("edge_mcu: {baud: 0x" + "f" * 5000 + "}", "edge_mcu.baud: must be at most 20000000"),
     ("edge_mcu: {timeout_ms: 0x" + "f" * 5000 + "}", "edge_mcu.timeout_ms: "),
     ("edge_mcu: {enabled: 1}", "edge_mcu.enabled: must be true or false, found '1'"),
     ("edge_mcu: {enabled: 'yes'}", "edge_mcu.enabled: must be true or false, found 'yes'"),
     ("edge_mcu: {port: a, ports: [b]}", "edge_mcu: give either port or ports, not both"),
     ("edge_mcu: {ports: [a, a]}", "edge_mcu.ports: names the same port twice"),
-    ("edge_mcu: {port: [a]}", "edge_mcu.ports.0: Input should be a valid string"),
-    ("edge_gpu: {providers: []}", "edge_gpu.providers: "),
+    ("edge_mcu: {port: [a]}", "edge_mcu.ports.0: must be text"),
+    (
+        "edge_mcu: {ports: /dev/ttyACM0}",
+        "edge_mcu.ports: must be a list, such as [/dev/ttyACM0]; a single one may be given",
+    ),
+    ("edge_gpu: {providers: []}", "edge_gpu.providers: must have at least 1 item"),
+    ("http: {port: eighty}", "http.port: must be a number, found 'eighty'"),
+    ("http: {port: '80'}", "http.port: must be a number without quotes, found '80'"),
+    ("edge_mcu: {health_check_interval: 5s}", "health_check_interval: must be a number without a unit, found '5s'"),
+    ("gateway: {state_dir: state}", "gateway.state_dir: must be absolute, found 'state'"),
+    ("gateway: {state_dir: /dev/null/x}", "must be a folder: it, or what is around it, is a file, found '/dev/null/x'"),
+    (
+        "mqtt: {broker: 'mqtts://h', ca_file: /none.pem}",
+        "mqtt.ca_file: cannot be read: no such file, found '/none.pem'",
+    ),
+    (LANE % "ca_file: /dev", "cloud.lanes.0.ca_file: cannot be read: not a file, found '/dev'"),
+    (
+        "gateway: {id: g}\nsensors: {edge/g/x: {model: m}}",
+        "sensors.edge/g/x: among the daemon's own topics, edge/{gateway.id}/…",
+    ),
+    ("sensors: {edge/+/infer/+: {model: m}}", "sensors.edge/+/infer/+: among the daemon's own topics"),
     (
         "edge_gpu: {providers: [rocm]}",
-        "edge_gpu.providers.0: Input should be 'tensorrt', 'cuda' or 'cpu', found 'rocm'",
+        "edge_gpu.providers.0: must be 'tensorrt', 'cuda' or 'cpu', found 'rocm'",
     ),
     ("nonsense: {}", "nonsense: unknown key; allowed: cloud, edge_gpu, edge_mcu, fallback"),
     ("edge_gpuu: {}", "edge_gpuu: unknown key; did you mean edge_gpu?"),
     ("routing: {breaker: {failure: 1}}", "routing.breaker.failure: unknown key; did you mean failures?"),
     (
         "routing: {edge_preference: 1.1}",
-        "routing.edge_preference: Input should be less than or equal to 1, found '1.1'",
+        "routing.edge_preference: must be at most 1, found '1.1'",
     ),
     ("routing: {latency_thresholds: {realtime: 100}}", "routing.latency_thresholds: must ascend: realtime < near_real"),
     ("routing: {model_size_thresholds: {edge_mcu: 11}}", "routing.model_size_thresholds: must ascend"),
     ("routing: {parameter_thresholds: {medium: 9}}", "routing.parameter_thresholds: must ascend: simple <= medium"),
     ("routing: {breaker: {backoff_max_s: 0.1}}", "routing.breaker: backoff_initial_s must not exceed backoff_max_s"),
-    ("cloud: {lanes: [{broker: 'mqtt://h'}]}", "cloud.lanes.0.name: Field required"),
+    ("cloud: {lanes: [{broker: 'mqtt://h'}]}", "cloud.lanes.0.name: is required"),
     (
         "cloud: {lanes: [{name: a, broker: 'mqtt://h', cost: 1}]}",
         "cloud.lanes.0.cost: unknown key; did you mean cost_p",
@@ -76,7 +96,7 @@ REFUSED = [
         "cloud: {lanes: [{name: a, broker: 'mqtt://h'}, {name: a, broker: 'mqtt://g'}]}",
         "cloud: two lanes have the same",
     ),
-    (LANE % "topic: 'a/#'", "cloud.lanes.0.topic: "),
+    (LANE % "topic: 'a/#'", "cloud.lanes.0.topic: must be a topic of 1 to 200 characters, without + and #"),
     (LANE % "cost_per_request: -1", "cloud.lanes.0.cost_per_request: "),
     (LANE % "cert_file: c.pem", "cloud.lanes.0: cert_file and key_file go together"),
     ("mqtt: {key_file: k.pem}", "mqtt: cert_file and key_file go together"),
@@ -84,7 +104,7 @@ REFUSED = [
     ("mqtt: {cert_file: c, key_file: k}", "mqtt: ca_file, cert_file and key_file need an mqtts:// broker"),
     ("fallback: {stale_ttl: 10}", "fallback: stale_ttl must be at least cache_ttl"),
     ("http: {host: 0.0.0.0}", "http: host '0.0.0.0' is not loopback: set allow_remote: true if that is meant"),
-    ("http: {port: 65536}", "http.port: Input should be less than or equal to 65535, found '65536'"),
+    ("http: {port: 65536}", "http.port: must be at most 65535, found '65536'"),
     ("http: {enabled: false}\nmqtt: {enabled: false}", "(whole file): no door is open: enable http or mqtt"),
     (
         "edge_gpu: {enabled: false}",
@@ -93,15 +113,15 @@ REFUSED = [
     ("mqtt: {enabled: false}\nsensors: {t: {model: m}}", "(whole file): sensors need mqtt.enabled: true"),
     ("sensors: {'a/#': {model: m}}", "sensors: 'a/#' is not a usable topic: 1 to 200 characters, + allowed, # not"),
     ("sensors: {'a/b+': {model: m}}", "sensors: 'a/b+': + must be a whole level"),
-    ("sensors: {t: {model: m, qos: 2}}", "sensors.t.qos: Input should be 0 or 1, found '2'"),
+    ("sensors: {t: {model: m, qos: 2}}", "sensors.t.qos: must be 0 or 1, found '2'"),
     ("sensors: {t: {model: m, qos: true}}", "sensors.t.qos: "),
     (
         "sensors: {t: {model: m, priority: 11}}",
-        "sensors.t.priority: Input should be less than or equal to 10, found '11'",
+        "sensors.t.priority: must be at most 10, found '11'",
     ),
     ("sensors: {t: {model: m, deadline: 1}}", "sensors.t.deadline: unknown key; did you mean deadline_ms?"),
-    ("gateway: {id: 'a b'}", "gateway.id: "),
-    ("http: 5", "http: Input should be a valid dictionary or instance of HttpSection, found '5'"),
+    ("gateway: {id: 'a b'}", "gateway.id: must be 1 to 64 letters, digits, _, . and -, and begin with"),
+    ("http: 5", "http: must be a section with keys of its own, found '5'"),
     ("8080: {}", "8080"),
     (
         "edge_mcu: {a: {b: {c: {d: {e: {f: {g: {h: {i: {j: {k: {l: {m: {n: {o: {p: 1}}}}}}}}}}}}}}}}",
@@ -137,6 +157,46 @@ def test_every_fault_gets_its_line(tmp_path: Path) -> None:
         "edge_mcu.bauds",
         "http.port",
     ]
+
+
+def test_a_misspelt_item_is_one_fault(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "edge_gpu: {providers: [tensort]}")
+    assert message.endswith(": edge_gpu.providers.0: must be 'tensorrt', 'cuda' or 'cpu', found 'tensort'")
+
+
+@pytest.mark.parametrize(
+    ("variable", "right"),
+    [
+        ("EDGE_AGENT_HTTP_PORT", "EDGE_AGENT__HTTP__PORT"),
+        ("EDGE_AGENT_HTTP__PORT", "EDGE_AGENT__HTTP__PORT"),
+        ("EDGE_AGENT_ROUTING_BREAKER_ERROR_RATE", "EDGE_AGENT__ROUTING__BREAKER__ERROR_RATE"),
+        ("EDGE_AGENT_NONSENSE", "EDGE_AGENT__SECTION__KEY"),
+    ],
+)
+def test_a_misspelt_variable_is_refused_with_the_right_spelling(variable: str, right: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {variable: "1"})
+    assert str(caught.value) == f"{variable}: not a setting: {right} is, with two underscores between its parts"
+
+
+def test_variables_of_the_scripts_and_of_kubernetes_are_none_of_its_business() -> None:
+    names = ("EXTRAS", "NO_APT", "FIRMWARE", "TEST_PORT", "TEST_BAUD", "SERVICE_HOST", "PORT", "PORT_8080_TCP_ADDR")
+    load_config(None, {f"EDGE_AGENT_{name}": "1" for name in names})
+
+
+def test_loading_creates_nothing(tmp_path: Path) -> None:
+    load(tmp_path, f"gateway: {{state_dir: {tmp_path}/a/b}}")
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_only_a_start_can_tell(tmp_path: Path) -> None:
+    text = f"gateway: {{state_dir: {tmp_path}}}\n"
+    assert cautions(load(tmp_path, text)) == []
+    for gpu in ("{strict_provider: true}", "{strict_provider: true, accelerator: gpu, providers: [cpu]}"):
+        assert "only a start can tell" in cautions(load(tmp_path, f"{text}edge_gpu: {gpu}"))[0]
+    assert cautions(load(tmp_path, f"{text}edge_gpu: {{strict_provider: true, providers: [cpu]}}")) == []
+    if Path("/sys/kernel").exists() and not os.access("/sys/kernel", os.W_OK):
+        assert "cannot be written" in cautions(load(tmp_path, "gateway: {state_dir: /sys/kernel}"))[0]
 
 
 def test_exactly_the_cap_is_accepted(tmp_path: Path) -> None:
@@ -191,6 +251,9 @@ def test_secrets_are_not_shown_by_a_loaded_tree(tmp_path: Path) -> None:
         "http: {host: '${PW}x', port: '${PW}'}\nedge_mcu: {port: '${PW}', baud: 1}",
         "http: {enabled: '${PW}'}",
         "gateway: {id: 'a ${PW}'}",
+        "gateway: {state_dir: '/dev/null/${PW}'}",
+        "mqtt: {broker: 'mqtts://h', ca_file: '/${PW}'}",
+        "gateway: {id: '${PW}'}\nsensors: {+/+/infer/+: {model: m}}",
         "sensors: {t: {model: m, format: '${PW}'}}",
         LANE % f"password: {SECRET}, cert_file: c.pem",
         f"mqtt: {{password: *{SECRET}}}",
@@ -234,7 +297,7 @@ def test_a_refused_section_does_not_show_its_input() -> None:
 @pytest.mark.parametrize("value", ["918273645", "918273.645", "2091-08-27"])
 def test_a_secret_of_another_type_is_not_shown_either(tmp_path: Path, value: str) -> None:
     message = refusal(tmp_path, f"mqtt: {{password: {value}}}")
-    assert message.endswith("mqtt.password: Input should be a valid string")
+    assert message.endswith("mqtt.password: must be text")
 
 
 def test_a_value_that_came_by_reference_is_named_by_its_reference(tmp_path: Path) -> None:
