@@ -72,6 +72,7 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     push.add_argument("--catalog", type=Path, metavar="FILE", help="catalog.yaml; default: the one that ships")
     push.add_argument("--counter", type=_not_negative, metavar="N", help="version counter; default: the catalogue's")
     push.add_argument("--allow-downgrade", action="store_true", help="also if the board has a later version")
+    push.add_argument("--force", action="store_true", help="also if it is active there; takes the other slot")
 
     bench = actions.add_parser("bench", parents=[line], help="round trips and throughput beside their floors")
     bench.add_argument("--rounds", type=_positive, default=500, metavar="N", help="of each measurement (default 500)")

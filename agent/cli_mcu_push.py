@@ -52,9 +52,15 @@ def choose(args: argparse.Namespace) -> Chosen:
 
 
 async def push(session: Session, args: argparse.Namespace, clock: Clock) -> None:
-    """Send `args.chosen`. Raises as `push_model`."""
+    """Send `args.chosen`, unless it is active already. Raises as `push_model`."""
     chosen: Chosen = args.chosen
+    name = chosen.variant.name if chosen.variant is not None else args.model
     active = session.hello.active
+    # Pushing would overwrite the model to go back to. A counter is another only if the command line says so.
+    same = active is not None and active.sha256.hex() == _sha256(chosen.model)
+    if active is not None and same and args.counter in (None, active.counter) and not args.force:
+        print(f"{name}: already active in slot {active.index}, nothing was written; --force sends it again")
+        return
     running = chosen.catalog.by_sha256(active.sha256.hex()) if active is not None else None
     if args.counter is not None:
         counter = args.counter
@@ -71,7 +77,6 @@ async def push(session: Session, args: argparse.Namespace, clock: Clock) -> None
         selftest=chosen.selftest,
         allow_lower_counter=args.allow_downgrade or other,
     )
-    name = chosen.variant.name if chosen.variant is not None else args.model
     print(f"{name}: {len(image.model)} bytes, self-test {len(image.selftest)} bytes, counter {counter}")
     began = clock.monotonic()
     progress = _Progress()

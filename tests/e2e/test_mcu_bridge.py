@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -303,13 +304,16 @@ async def test_a_power_cut_in_traffic_ends_every_call_and_the_board_comes_back(
     def answered() -> int:
         return outcomes.count("ok")
 
+    def answered_more_than(count: int) -> bool:
+        return answered() > count
+
     await target.start()
     await until(lambda: target.availability().available, 10, "available")
     callers = [asyncio.create_task(caller()) for _ in range(8)]
     try:
         for _ in range(2):
             before = answered()
-            await until(lambda count=before: answered() > count + 50, 10, "traffic")
+            await until(partial(answered_more_than, before + 50), 10, "traffic")
             await asyncio.to_thread(board.kill)
             await until(lambda: not target.availability().available, 5, "noticed")
             assert "unplugged" in target.availability().reason
@@ -332,6 +336,12 @@ def test_the_command_line(port: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert cli.main(["mcu", "info", "--json", *line]) == 0
     slots = json.loads(capsys.readouterr().out)["slots"]
     assert [slot["state"] for slot in slots].count("active") == 1
+    assert cli.main(["mcu", "push", "digits", *line]) == 0
+    assert "already active" in capsys.readouterr().out
+    assert cli.main(["mcu", "info", "--json", *line]) == 0
+    assert json.loads(capsys.readouterr().out)["slots"] == slots
+    assert cli.main(["mcu", "push", "digits", "--force", *line]) == 0
+    assert "active, verified by the board" in capsys.readouterr().out
     assert cli.main(["mcu", "info", *line]) == 0
     assert cli.main(["mcu", "ping", "--count", "3", "--size", "100", *line]) == 0
     assert "clock offset" in capsys.readouterr().out
