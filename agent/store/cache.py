@@ -165,6 +165,10 @@ class ResultCache:
         if self._file is not None:
             self._file.put(key, last_key, entry)
 
+    def problem(self) -> str:
+        """Why answers would not survive a restart, for people; empty if they would, or need not."""
+        return "" if self._file is None else self._file.problem()
+
     def stats(self) -> dict[str, Any]:
         """For `/status`: plain JSON types."""
         return {

@@ -1,25 +1,35 @@
 """The cache's file: SQLite, written behind by one thread in batches. Losing it costs computing time, never an answer.
 
 What was put in the last moment before a SIGKILL or a power cut may be missing after it. A damaged file is set aside
-and a new one begun; a file system that is full or read-only is counted and reported, and tried again.
+and a new one begun. While it cannot be written (a full or read-only file system, another daemon that uses it), answers
+wait in memory, the newest `limit` of them, and are written when it can be again; `problem` says so meanwhile.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import logging
+import os
 import sqlite3
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-MAX_PENDING = 4096
-"""Answers waiting to be written; one more stays in memory only."""
+CHUNK = 1024
+"""Rows in one transaction, so that what gathered during an outage is written in steps."""
+RETRY_S = 10.0
+"""While the file cannot be written: between two tries."""
+SPACE_NEEDED = 1 << 20
+"""Bytes free below which a file system counts as full: SQLite then names other errors too."""
 GATHER_S = 0.25
 """How long the first of a batch waits for others: one commit for all of them spares the flash."""
 CLOSE_S = 5.0
@@ -90,7 +100,9 @@ class CacheFile:
         self._writing = False
         self._thread: threading.Thread | None = None
         self._connection: sqlite3.Connection | None = None
+        self._lock = -1
         self._since_prune = 0
+        self._lost = 0
         self._counts = {"loaded": 0, "damaged_rows": 0, "written": 0, "dropped": 0, "write_errors": 0}
         self._error: str | None = None
         self._set_aside: str | None = None
@@ -103,7 +115,7 @@ class CacheFile:
             tables = tuple(self._load(connection, table, oldest_wall) for table in _TABLES)
             self._prune(connection, oldest_wall)
         except (sqlite3.Error, OSError) as error:
-            self._failed(error, 0)
+            self._failed(error)
         self._disconnect()
         self._counts["loaded"] = sum(map(len, tables))
         self._thread = threading.Thread(target=self._write_behind, name="cache-writer", daemon=True)
@@ -113,12 +125,10 @@ class CacheFile:
     def put(self, key: tuple[str, str, bytes], last_key: tuple[str, str], answer: Answer) -> None:
         """Have the answer written, under its key and as the producer's last one."""
         with self._changed:
-            if len(self._entries) >= MAX_PENDING or len(self._last) >= MAX_PENDING:
-                self._counts["dropped"] += 1
-                return
             wake = not self._entries
             self._entries[key] = answer
             self._last[last_key] = answer
+            self._bound()
             if wake:
                 self._changed.notify_all()
 
@@ -145,6 +155,13 @@ class CacheFile:
             self._thread.join(CLOSE_S)
             self._thread = None
 
+    def problem(self) -> str:
+        """Why answers are not written now, in the system's words, and how many; empty if they are."""
+        error, count = self._error, len(self._entries) + self._lost
+        if error is None or not count:
+            return error or ""
+        return f"{error}: {count} answer{'' if count == 1 else 's'} not written"
+
     def stats(self) -> dict[str, Any]:
         return {
             "path": str(self._path),
@@ -157,55 +174,77 @@ class CacheFile:
     def _pending(self) -> bool:
         return bool(self._entries or self._writing)
 
+    def _bound(self) -> None:
+        """Let the oldest of what waits go. The lock is held."""
+        while len(self._entries) > self._limit:
+            del self._entries[next(iter(self._entries))]
+            self._counts["dropped"] += 1
+            self._lost += 1
+        while len(self._last) > self._limit:
+            del self._last[next(iter(self._last))]
+
     def _write_behind(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._entries or self._closing)
-                self._changed.wait_for(lambda: self._hurry or self._closing, GATHER_S)
+                if self._error is None:
+                    self._changed.wait_for(lambda: self._entries or self._closing)
+                wait_s = GATHER_S if self._error is None else RETRY_S
+                self._changed.wait_for(lambda: self._hurry or self._closing, wait_s)
                 entries, self._entries = self._entries, {}
                 last, self._last = self._last, {}
                 self._hurry = False
                 self._writing = True
                 closing = self._closing
-            self._write(entries, last)
+            written = self._write(entries, last)
             with self._changed:
+                if not written:  # The newer answer to the same question is the one to keep.
+                    self._entries = {**entries, **self._entries}
+                    self._last = {**last, **self._last}
+                    self._bound()
                 self._writing = False
                 self._batches += 1
                 self._changed.notify_all()
             if closing:
                 self._disconnect()
+                self._unlock()
                 return
 
-    def _write(self, entries: dict[tuple[str, str, bytes], Answer], last: dict[tuple[str, str], Answer]) -> None:
-        """One transaction. What cannot be written stays in memory only."""
-        count = len(entries) + len(last)
-        if not count:
-            return
+    def _write(self, entries: Mapping[tuple[str, str, bytes], Answer], last: Mapping[tuple[str, str], Answer]) -> bool:
+        """Write in a few transactions. False: not all of it, and `_failed` knows why."""
         try:
             if self._connection is None:
                 self._connection = self._connect()
-            with self._connection:
-                _insert(self._connection, "entries", ((scope, model, d, a) for (model, scope, d), a in entries.items()))
-                _insert(self._connection, "last_known", ((scope, model, b"", a) for (scope, model), a in last.items()))
-            self._since_prune += count
+            rows = ((scope, model, digest, answer) for (model, scope, digest), answer in entries.items())
+            self._insert("entries", rows)
+            self._insert("last_known", ((scope, model, b"", answer) for (scope, model), answer in last.items()))
             if self._since_prune > self._limit // 4:  # The file may be a quarter over its limit between two prunings.
                 self._since_prune = 0
                 self._prune(self._connection, None)
         except (sqlite3.Error, OSError) as error:
-            self._failed(error, count)
-            return
-        self._counts["written"] += count
+            self._failed(error)
+            return False
         if self._error is not None:
-            log.info("cache file is written again", extra={"path": str(self._path)})
+            log.info("cache file is written again", extra={"path": str(self._path), "answers": len(entries)})
             self._error = None
+        self._lost = 0
+        return True
 
-    def _failed(self, error: Exception, count: int) -> None:
+    def _insert(self, table: str, rows: Iterable[tuple[str, str, bytes, Answer]]) -> None:
+        assert self._connection is not None
+        left = iter(rows)
+        while chunk := list(islice(left, CHUNK)):
+            with self._connection:
+                _insert(self._connection, table, chunk)
+            self._counts["written"] += len(chunk)
+            self._since_prune += len(chunk)
+
+    def _failed(self, error: sqlite3.Error | OSError) -> None:
         self._counts["write_errors"] += 1
-        self._counts["dropped"] += count
         self._disconnect()
-        if self._error is None:
-            log.warning("cache file cannot be used: %s", error, extra={"path": str(self._path)})
-        self._error = str(error)
+        why = _words(error, self._path)
+        if why != self._error:
+            log.warning("cache file cannot be used: %s", why, extra={"path": str(self._path)})
+        self._error = why
 
     def _disconnect(self) -> None:
         if self._connection is not None:
@@ -215,6 +254,7 @@ class CacheFile:
     def _connect(self) -> sqlite3.Connection:
         """Open the file, or a new one if it is damaged. Raises `sqlite3.Error` or `OSError`."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
         try:
             self._connection = self._prepare()
         except sqlite3.DatabaseError as error:
@@ -223,6 +263,26 @@ class CacheFile:
             self._put_aside(error)
             self._connection = self._prepare()
         return self._connection
+
+    def _take_lock(self) -> None:
+        """Have the folder for this process alone, until `close`. Raises `OSError` if another one has it."""
+        if self._lock >= 0:
+            return
+        folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(folder)
+            raise OSError(errno.EBUSY, f"{self._path.parent} is in use by another daemon") from None
+        except OSError:  # A file system without locks, NFS for example: better without one than without a file.
+            os.close(folder)
+            return
+        self._lock = folder
+
+    def _unlock(self) -> None:
+        folder, self._lock = self._lock, -1
+        if folder >= 0:
+            os.close(folder)
 
     def _prepare(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, timeout=BUSY_S, check_same_thread=False)
@@ -281,6 +341,27 @@ class CacheFile:
                 )
                 if oldest_wall is not None:
                     connection.execute(f"DELETE FROM {table} WHERE created_wall < ?", (oldest_wall,))  # noqa: S608
+
+
+def _words(error: sqlite3.Error | OSError, path: Path) -> str:
+    """What is wrong, in the system's words where SQLite has its own for several causes. No connection is open."""
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}{'' if error.filename is None else f': {error.filename}'}"
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    number = 0
+    with contextlib.suppress(OSError):
+        system = os.statvfs(path.parent)
+        free = system.f_bavail * system.f_frsize
+        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
+            number = errno.ENOSPC if free < SPACE_NEEDED or (system.f_files and not system.f_favail) else 0
+        if not number and code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+            number = errno.EROFS if system.f_flag & os.ST_RDONLY else 0
+    if not number and code == sqlite3.SQLITE_CANTOPEN:
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
+        except OSError as cause:
+            number = cause.errno or 0
+    return os.strerror(number) if number else str(error)
 
 
 def _crc(row: tuple[Any, ...]) -> int:

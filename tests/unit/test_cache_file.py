@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from cache_fakes import STALE_S, Models, answer, key, opened, section, value_of
@@ -165,7 +165,8 @@ def test_a_place_that_cannot_be_written_is_reported_not_raised(tmp_path: Path) -
     cache.put(key(1), "s", answer(0.5))
     assert not cache.flush()
     stats = cache.stats()["file"]
-    assert stats["write_errors"] >= 2 and stats["dropped"] == 2 and stats["error"]
+    assert stats["write_errors"] >= 2 and stats["pending"] == 2 and stats["error"]
+    assert cache.problem() == f"File exists: {tmp_path / 'file'}: 1 answer not written"
     assert value_of(cache.get(key(1))) == 0.5
     cache.close()
 
@@ -182,22 +183,86 @@ def test_a_full_file_system_is_counted_and_tried_again(tmp_path: Path) -> None:
     for n in range(1, 500):
         cache.put(key(n), "s", answer(n))
     assert not cache.flush()
-    assert "full" in cache.stats()["file"]["error"]
+    assert cache.problem() == "database or disk is full: 499 answers not written"
     assert cache.get(key(499)) is not None
-    cache.put(key(1000), "s", answer())  # The file is opened anew, without the limit.
-    assert cache.flush()
-    assert cache.stats()["file"]["error"] is None
+    assert cache.flush()  # The file is opened anew, without the limit; all that waited is written.
+    assert (cache.problem(), cache.stats()["file"]["error"]) == ("", None)
+    cache.close()
+    again = opened(path, ManualClock())
+    assert [value_of(again.get(key(n))) for n in range(1, 500)] == list(range(1, 500))
+    again.close()
+
+
+def test_it_is_tried_again_without_a_new_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_file, "RETRY_S", 0.001)
+    (tmp_path / "file").write_bytes(b"")
+    cache = opened(tmp_path / "file" / "cache.sqlite", ManualClock())
+    assert cache.problem()
+    (tmp_path / "file").unlink()
+    file = cache._file
+    assert file is not None
+    with file._changed:
+        assert file._changed.wait_for(lambda: not cache.problem(), 20)
     cache.close()
 
 
-def test_what_waits_to_be_written_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_file, "MAX_PENDING", 10)
-    cache = ResultCache(section(), tmp_path / "cache.sqlite", Models(), ManualClock())
+class Disk(NamedTuple):
+    """What `statvfs` says of a file system that is full, or cannot be written."""
+
+    f_bavail: int = 1 << 20
+    f_frsize: int = 4096
+    f_files: int = 0
+    f_favail: int = 0
+    f_flag: int = 0
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "disk", "says"),
+    [
+        (sqlite3.SQLITE_FULL, "database or disk is full", Disk(f_bavail=0), "No space left on device"),
+        (sqlite3.SQLITE_IOERR, "disk I/O error", Disk(f_bavail=0), "No space left on device"),
+        (sqlite3.SQLITE_IOERR, "disk I/O error", Disk(f_files=9), "No space left on device"),
+        (sqlite3.SQLITE_IOERR, "disk I/O error", Disk(), "disk I/O error"),
+        (sqlite3.SQLITE_READONLY, "attempt to write a readonly database", Disk(f_flag=1), "Read-only file system"),
+        (sqlite3.SQLITE_READONLY, "attempt to write a readonly database", Disk(), "attempt to write a readonly"),
+        (sqlite3.SQLITE_CANTOPEN, "unable to open database file", Disk(), "Is a directory"),
+    ],
+)
+def test_the_system_says_what_sqlite_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, text: str, disk: Disk, says: str
+) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda path: disk)
+    error = sqlite3.OperationalError(text)
+    error.sqlite_errorcode = code
+    (tmp_path / "cache.sqlite").mkdir()
+    assert cache_file._words(error, tmp_path / "cache.sqlite").startswith(says)
+
+
+def test_a_second_daemon_runs_without_the_file_until_the_first_has_gone(tmp_path: Path) -> None:
+    path = tmp_path / "cache.sqlite"
+    first, second = opened(path, ManualClock()), opened(path, ManualClock())
+    assert first.problem() == ""
+    assert second.problem() == f"{tmp_path} is in use by another daemon"
+    second.put(key(1), "s", answer(0.5))
+    assert not second.flush()
+    assert second.problem() == f"{tmp_path} is in use by another daemon: 1 answer not written"
+    assert value_of(second.get(key(1))) == 0.5
+    first.put(key(2), "s", answer(0.25))
+    first.close()
+    assert second.flush()
+    assert second.problem() == ""
+    second.close()
+    again = opened(path, ManualClock())
+    assert (value_of(again.get(key(1))), value_of(again.get(key(2)))) == (0.5, 0.25)
+    again.close()
+
+
+def test_what_waits_to_be_written_is_bounded(tmp_path: Path) -> None:
+    cache = ResultCache(section(10), tmp_path / "cache.sqlite", Models(), ManualClock())
     for n in range(25):
         cache.put(key(n), "s", answer(n))
     stats = cache.stats()
-    assert stats["entries"] == 25
-    assert stats["file"]["dropped"] == 15
+    assert (stats["entries"], stats["file"]["dropped"]) == (10, 15)
     cache.open()
     assert cache.flush()
     cache.close()
