@@ -7,8 +7,11 @@ import json
 import sys
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 from typing import Any
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_STALE = 0, 1, 2, 3
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 TIMEOUT_S = 60.0
@@ -19,14 +22,26 @@ MAX_INPUT_BYTES = 64 << 20
 def add_parsers(commands: Any) -> None:
     infer = commands.add_parser("infer", help="ask a running daemon")
     infer.add_argument("model", help="family, for example digits")
-    infer.add_argument("input", type=Path, metavar="FILE", help=".npy array, or .json (an array or a whole request)")
-    infer.add_argument("--index", type=int, help="which row of a .npy file that holds many samples")
+    infer.add_argument(
+        "input",
+        type=Path,
+        metavar="FILE",
+        help=".npy array, .npz with an array `inputs`, or JSON (an array or a whole request)",
+    )
+    infer.add_argument("--index", type=int, help="which row of a .npy or .npz file that holds many samples")
     infer.add_argument("--class", dest="latency_class", choices=["realtime", "near", "interactive", "batch"])
     infer.add_argument("--deadline-ms", type=float)
     infer.add_argument("--priority", type=int)
     infer.add_argument("--variant", help="only this variant will do")
-    infer.add_argument("--no-cache", action="store_true", help="a fresh cached answer will not do")
-    infer.add_argument("--json", action="store_true", help="print the whole answer")
+    infer.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="take no fresh answer from the cache; an earlier one, marked STALE, still comes when nothing can be asked",
+    )
+    infer.add_argument(
+        "--fresh", action="store_true", help=f"an earlier answer (STALE) is a failure: exit code {EXIT_STALE}"
+    )
+    infer.add_argument("--json", action="store_true", help="print the whole answer, or the whole refusal")
     infer.set_defaults(run=_infer)
     status = commands.add_parser("status", help="show the state of a running daemon")
     status.add_argument("--json", action="store_true", help="print the whole status")
@@ -38,7 +53,7 @@ def add_parsers(commands: Any) -> None:
 def _infer(args: argparse.Namespace) -> int:
     document = _document(args.input, args.index)
     if document is None:
-        return 2
+        return EXIT_USAGE
     document["model"] = args.model
     options = {
         "latency_class": args.latency_class,
@@ -50,12 +65,21 @@ def _infer(args: argparse.Namespace) -> int:
     if args.no_cache:
         document["use_cache"] = False
     code, answer = _call(f"{args.url}/infer", document)
-    if args.json or code != 200:
+    if args.json:
         print(json.dumps(answer, indent=2))
-        return 0 if code == 200 else 1
+    elif code == 200:
+        _show_answer(answer)
+    if code != 200:
+        return EXIT_FAILED if args.json else _refused(answer)
+    return EXIT_STALE if args.fresh and answer["stale"] else EXIT_OK
+
+
+def _show_answer(answer: dict[str, Any]) -> None:
+    sure = "confidence unknown" if answer["confidence"] is None else f"{answer['confidence']:.1%} sure"
+    earlier = "" if answer["same_input"] else ": answer to an earlier input"
     age = f", {answer['age_s']:.0f} s old" if answer["cached"] else ""
     stale = " STALE" if answer["stale"] else ""
-    print(f"{answer['label']}  ({answer['confidence']:.1%} sure{age}){stale}")
+    print(f"{answer['label']}  ({sure}{earlier}{age}){stale}")
     timing = answer["timing_ms"]
     print(f"  by       {answer['tier']} ({answer['target']}), {answer['provider']}")
     print(f"  model    {answer['model']}/{answer['variant']}  {answer['model_sha256'][:16]}")
@@ -64,14 +88,29 @@ def _infer(args: argparse.Namespace) -> int:
     print(f"  cost     {answer['cost_usd']:g} USD")
     for reason in answer["reasons"]:
         print(f"  why      {reason}")
-    return 0
+
+
+def _refused(answer: dict[str, Any]) -> int:
+    """One line that says what is wrong, then why, on standard error."""
+    error = answer.get("error")
+    error = error if isinstance(error, dict) else {"message": str(answer)[:200]}
+    code, field, message = error.get("code", "unknown error"), error.get("field"), error.get("message", "")
+    # Most messages begin with the field's name.
+    where = f"{field}: " if field and not message.startswith(field) else ""
+    wait = f"; again in {error['retry_after_s']:g} s" if "retry_after_s" in error else ""
+    print(f"edge-agent: {code}: {where}{message}{wait}", file=sys.stderr)
+    for reason in answer.get("reasons", ()):
+        print(f"  why      {reason}", file=sys.stderr)
+    return EXIT_FAILED
 
 
 def _status(args: argparse.Namespace) -> int:
     code, status = _call(f"{args.url}/status", None)
-    if args.json or code != 200:
+    if args.json:
         print(json.dumps(status, indent=2))
-        return 0 if code == 200 else 1
+        return EXIT_OK if code == 200 else EXIT_FAILED
+    if code != 200:
+        return _refused(status)
     ready = "ready" if status["ready"] else f"NOT READY: {status['reason']}"
     print(f"{status['gateway']}: {ready}, up {status['uptime_s']:.0f} s, version {status['version']}")
     for target in status["targets"]:
@@ -81,12 +120,16 @@ def _status(args: argparse.Namespace) -> int:
         print(f"  {state} {target['name']:20} {took:34} {target['in_flight']}/{target['max_concurrent']} in flight")
         if target["reason"]:
             print(f"       {target['reason']}")
+    shown = {target["name"] for target in status["targets"]}
+    for part in status["components"]:
+        if part["state"] != "up" and part["name"] not in shown:
+            print(f"  {part['state'].upper()} {part['name']}" + (f": {part['reason']}" if part["reason"] else ""))
     counters = status["counters"]
     print(
         f"  {counters['answered']} answered, {counters['refused']} refused, {counters['cached']} from the cache, "
-        f"{counters['stale']} stale, {counters['cost_usd']:g} USD"
+        f"{counters['stale']} stale, {counters['malformed']} malformed, {counters['cost_usd']:g} USD"
     )
-    return 0
+    return EXIT_OK
 
 
 def _document(path: Path, index: int | None) -> dict[str, Any] | None:
@@ -94,16 +137,49 @@ def _document(path: Path, index: int | None) -> dict[str, Any] | None:
     try:
         if path.stat().st_size > MAX_INPUT_BYTES:
             raise ValueError(f"larger than {MAX_INPUT_BYTES} bytes")
-        if path.suffix == ".npy":
-            import numpy as np
-
-            array = np.load(path, allow_pickle=False)
-            return {"inputs": (array if index is None else array[index]).tolist()}
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, IndexError) as error:
+        if path.suffix in (".npy", ".npz"):
+            return {"inputs": _rows(path, index)}
+        if index is not None:
+            raise ValueError("--index is for .npy and .npz files")
+        loaded = _decoded(path.read_bytes())
+    except OSError as error:
+        print(f"edge-agent: {path}: {error.strerror or error}", file=sys.stderr)
+        return None
+    except (ValueError, IndexError) as error:
         print(f"edge-agent: {path}: {error}", file=sys.stderr)
         return None
     return loaded if isinstance(loaded, dict) and "inputs" in loaded else {"inputs": loaded}
+
+
+def _rows(path: Path, index: int | None) -> Any:
+    """The array of a NumPy file as nested lists, or one row of it. Raises ValueError, IndexError."""
+    import numpy as np
+
+    with path.open("rb") as file:
+        if not file.read(6).startswith((b"\x93NUMPY", b"PK")):
+            raise ValueError("is not a NumPy file")
+    try:
+        array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            with array:
+                if "inputs" not in array:
+                    raise ValueError(f"has no array `inputs`; it has: {', '.join(array) or 'none'}")
+                array = array["inputs"]
+    except (EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"is not a NumPy file: {error}") from None
+    return (array if index is None else array[index]).tolist()
+
+
+def _decoded(data: bytes) -> Any:
+    """Raises ValueError with the place where it stops being JSON."""
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not JSON: byte {error.start} is not UTF-8") from None
+    except RecursionError:
+        raise ValueError("is not JSON of any use: nested too deeply") from None
 
 
 def _call(url: str, document: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
