@@ -65,7 +65,9 @@ class InferDocument(_Documented):
         list[str], Field(max_length=32, description="Cloud regions that may see the inputs. Empty: any.")
     ] = []
     use_cache: Annotated[bool, Field(description="Whether a fresh cached answer will do.")] = True
-    metadata: Annotated[dict[str, str], Field(max_length=16)] = {}
+    metadata: Annotated[
+        dict[str, str], Field(max_length=16, description="Yours: at most 16 texts, of which nothing depends.")
+    ] = {}
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"model": "digits", "inputs": _THREE, "deadline_ms": 50, "priority": 7}]}
@@ -75,46 +77,58 @@ class InferDocument(_Documented):
 class AttemptDocument(_Documented):
     """One try on one target."""
 
-    target: str
-    tier: Tier
-    variant: str
+    target: Annotated[str, Field(description="Who was asked.")]
+    tier: Annotated[Tier, Field(description="Where that is.")]
+    variant: Annotated[str, Field(description="The model file it was asked for.")]
     outcome: Annotated[str, Field(description="`ok`, `unavailable`, `busy`, `timeout` or `failed`.")]
-    elapsed_ms: float
-    error: str | None = None
+    elapsed_ms: Annotated[float, Field(description="Until it answered or was given up.")]
+    error: Annotated[str | None, Field(description="What went wrong; left out after `ok`.")] = None
 
 
 class TimingDocument(_Documented):
     """Milliseconds."""
 
-    queue: float
-    link: float
-    compute: float
-    total: float
+    queue: Annotated[float, Field(description="Waiting for a turn at the target.")]
+    link: Annotated[float, Field(description="On the way there and back.")]
+    compute: Annotated[float, Field(description="In the model.")]
+    total: Annotated[
+        float,
+        Field(description="From receipt to answer: the others, the daemon's own time and attempts that failed."),
+    ]
 
 
 class AnswerDocument(_Documented):
     """The answer, where it came from, how old it is and why that tier was chosen."""
 
-    request_id: str
-    model: str
-    label: str | None
-    confidence: Annotated[float | None, Field(ge=0, le=1)]
+    request_id: Annotated[str, Field(description="The request's, or the one that was made for it.")]
+    model: Annotated[str, Field(description="The family that was asked for.")]
+    label: Annotated[str | None, Field(description="The most probable class; null where the model has no labels.")]
+    confidence: Annotated[
+        float | None,
+        Field(ge=0, le=1, description="The largest probability; null without labels and for an earlier input."),
+    ]
     tier: Annotated[Tier, Field(description="Where it was computed; `fallback`: a stale cache entry.")]
     origin_tier: Annotated[Tier, Field(description="Where it was computed, also for a cache entry.")]
-    target: str
-    variant: str
-    model_sha256: str
-    provider: str
-    latency_class: LatencyClass
-    timing_ms: TimingDocument
-    deadline_met: bool
-    cost_usd: float
-    cached: bool
-    stale: bool
+    target: Annotated[str, Field(description="Who answered: a target of `/status`, or `cache`.")]
+    variant: Annotated[str, Field(description="The model file that computed it.")]
+    model_sha256: Annotated[str, Field(description="The digest of that file.")]
+    provider: Annotated[str, Field(description="The library and the processor that really ran it.")]
+    latency_class: Annotated[LatencyClass, Field(description="The request's, as given or as its deadline made it.")]
+    timing_ms: Annotated[TimingDocument, Field(description="Where the time went, in milliseconds.")]
+    deadline_met: Annotated[bool, Field(description="Whether the answer was ready in time.")]
+    cost_usd: Annotated[float, Field(description="What cloud lanes charged for it.")]
+    cached: Annotated[bool, Field(description="Whether it was computed for an earlier request.")]
+    stale: Annotated[
+        bool,
+        Field(description="Old, or to an earlier input; served because nothing could be asked."),
+    ]
     same_input: Annotated[bool, Field(description="False: the producer's last known answer, to an earlier input.")]
-    age_s: float
-    attempts: list[AttemptDocument]
-    reasons: list[str]
+    age_s: Annotated[float, Field(description="Seconds since it was computed; 0 unless `cached`.")]
+    attempts: Annotated[
+        list[AttemptDocument],
+        Field(description="Every try on a target, in order; none for a fresh answer from the cache."),
+    ]
+    reasons: Annotated[list[str], Field(description="Why that tier was chosen, and others were not.")]
     outputs: Annotated[dict[str, list[Any]], Field(description="Left out with `?outputs=false`.")] = {}
 
     model_config = ConfigDict(
@@ -160,17 +174,17 @@ class FaultDocument(_Documented):
     code: Annotated[str, Field(description="For programs.")]
     message: Annotated[str, Field(description="For people: what was found, what is allowed.")]
     field: Annotated[str | None, Field(description="The part of the request that is wrong.")] = None
-    retry_after_s: float | None = None
+    retry_after_s: Annotated[float | None, Field(description="When asking again may help, where that is known.")] = None
 
 
 class RefusalDocument(_Documented):
     """No answer, and why."""
 
-    request_id: str | None
-    error: FaultDocument
-    attempts: list[AttemptDocument]
+    request_id: Annotated[str | None, Field(description="The request's; null where none could be made of it.")]
+    error: Annotated[FaultDocument, Field(description="Why.")]
+    attempts: Annotated[list[AttemptDocument], Field(description="Every try on a target, in order.")]
     cost_usd: Annotated[float, Field(description="What the attempts cost all the same.")]
-    reasons: list[str]
+    reasons: Annotated[list[str], Field(description="Which targets could not be asked, and why.")]
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -192,12 +206,12 @@ class RefusalDocument(_Documented):
 
 
 class ReadyDocument(_Documented):
-    ready: bool
+    ready: Annotated[bool, Field(description="Whether some target can be asked.")]
     reason: Annotated[str, Field(description="Why not; empty when ready.")]
 
 
 class AliveDocument(_Documented):
-    status: Literal["alive"]
+    status: Annotated[Literal["alive"], Field(description="Always this: a daemon that is not does not answer.")]
 
 
 _MODELS = (InferDocument, AnswerDocument, RefusalDocument, ReadyDocument, AliveDocument)

@@ -114,7 +114,7 @@ def _operations(api: Mapping[str, Any], schemas: Mapping[str, Any]) -> Iterator[
     for path, methods in api["paths"].items():
         for method, operation in methods.items():
             yield f"<h2><code>{method.upper()} {escape(path)}</code></h2>"
-            yield f"<p>{escape(operation.get('description', ''))}</p>"
+            yield f"<p>{_prose(operation.get('description', ''))}</p>"
             for media, content in operation.get("requestBody", {}).get("content", {}).items():
                 yield f"<h3>Body: {escape(media)}</h3>"
                 yield _schema(content, schemas)
@@ -160,8 +160,7 @@ def _schema(content: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
         )
     example = content.get("example", next(iter(schema.get("examples", [])), None))
     if example is not None:
-        text = example if isinstance(example, str) else _compact(example)
-        html += f"<pre>{escape(text)}</pre>"
+        html += f"<p>{_prose(example)}</p>" if isinstance(example, str) else f"<pre>{escape(_compact(example))}</pre>"
     return html
 
 

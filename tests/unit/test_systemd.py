@@ -9,11 +9,15 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from starlette.requests import Request
 
 from agent.config import Config
 from agent.config_load import load_config
+from agent.ingress.http_models import infer_operation, with_components
+from agent.ingress.http_pages import docs_page
 from agent.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -248,6 +252,52 @@ def test_the_installer_refuses_what_it_does_not_know(arguments: list[str]) -> No
     done = install(*arguments)
     assert done.returncode == 2
     assert "install.sh: " in done.stderr
+
+
+# --- what the pages say ---
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/mqtt.md", "docs/operations.md"])
+def test_files_that_commands_name_are_there(page: str) -> None:
+    named = set(re.findall(r"(?<![\w/])examples/[\w.-]*\w", (ROOT / page).read_text()))
+    assert named
+    for name in named:
+        assert (ROOT / name).is_file(), name
+
+
+def test_the_examples_are_what_the_models_take() -> None:
+    pictures = [yaml.safe_load((ROOT / "examples/seven.json").read_text())["inputs"]]
+    pictures.append(np.fromfile(ROOT / "examples/seven-int16.bin", "<i2").reshape(8, 8).tolist())
+    held = np.load(ROOT / "models/digits/heldout.npz")
+    assert all(picture == held["inputs"][0].reshape(8, 8).tolist() for picture in pictures)
+    assert held["labels"][0] == 7
+    window = np.fromfile(ROOT / "examples/window-float32.bin", "<f4").reshape(100, 6)
+    assert any((window == one).all() for one in np.load(ROOT / "models/motion/heldout.npz")["inputs"])
+
+
+def test_the_exposure_in_the_manual_is_the_measured_one() -> None:
+    analyze = needs("systemd-analyze")
+    version = re.search(r"systemd (\d+)", run(analyze, "--version").stdout)
+    stated = re.search(r"with systemd (\d+): ([0-9.]+),", (ROOT / "docs/operations.md").read_text())
+    assert stated is not None
+    if version is None or version.group(1) != stated.group(1):
+        pytest.skip("measured with another version of systemd")
+    done = run(analyze, "security", "--offline=true", "--no-pager", SYSTEMD / "edge-agent.service")
+    assert f"edge-agent.service: {stated.group(2)} " in done.stdout
+
+
+async def test_the_page_of_operations_has_no_markup_left_and_says_what_each_key_means() -> None:
+    operation = {"description": "See `docs`.", **infer_operation()}
+    api = {"info": {"title": "t", "version": "1"}, "paths": {"/infer": {"post": operation}}}
+    whole = with_components(lambda: dict(api))()
+    response = await docs_page(lambda: whole)(
+        Request({"type": "http", "method": "GET", "path": "/docs", "headers": []})
+    )
+    assert b"`" not in re.sub(rb"<pre>.*?</pre>|<style>.*?</style>", b"", bytes(response.body), flags=re.DOTALL)
+    assert b"<code>docs</code>" in response.body
+    for name, schema in whole["components"]["schemas"].items():
+        for key, value in schema.get("properties", {}).items():
+            assert value.get("description"), f"{name}.{key}"
 
 
 # --- Prometheus ---
