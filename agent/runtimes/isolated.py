@@ -15,11 +15,13 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,7 +50,9 @@ RELOADS = 3
 EXIT_S = 2.0
 """How long a child may take to end after its sockets were closed."""
 
-_ROOT = str(Path(__file__).resolve().parents[2])
+SAID_CHARACTERS = 1000  # Of what a child printed before it died.
+
+_PYTHONPATH = os.pathsep.join(filter(None, (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH"))))
 _Reply = tuple[dict[str, Any], dict[str, Tensor]]
 
 
@@ -152,6 +156,14 @@ class _Child:
         self.started = started
         self.lanes: list[_Lane] = []
         self.free: deque[_Lane] = deque()
+        self.said = ""
+        self.listening = asyncio.get_running_loop().create_task(self._listen())
+
+    async def _listen(self) -> None:
+        """Read what it prints until it ends, and keep the end."""
+        stream = self.process.stderr
+        while stream is not None and (part := await stream.read(4096)):
+            self.said = (self.said + part.decode(errors="replace"))[-SAID_CHARACTERS:]
 
 
 class ProcessEngine:
@@ -242,7 +254,8 @@ class ProcessEngine:
         """Raises `RuntimeUnavailable`."""
         pairs = [socket.socketpair() for _ in range(self._workers)]
         theirs = [their.fileno() for _, their in pairs]
-        process: asyncio.subprocess.Process | None = None
+        loop = asyncio.get_running_loop()
+        child: _Child | None = None
         lanes: list[_Lane] = []
         try:
             process = await asyncio.create_subprocess_exec(
@@ -254,22 +267,24 @@ class ProcessEngine:
                 *map(str, theirs),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,  # What libraries print is not to stand among the daemon's own lines.
                 pass_fds=theirs,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))},
+                env={**os.environ, "PYTHONPATH": _PYTHONPATH},
                 start_new_session=True,  # Ctrl-C at the terminal is for the daemon, also while the child still starts.
             )
             child = _Child(process, self._clock.monotonic())
             lanes = child.lanes
+            replied, lost = partial(self._replied, child), partial(self._lost, child)
             for ours, _ in pairs:
-                lanes.append(await self._connect(child, ours))
+                lanes.append((await loop.create_unix_connection(lambda: _Lane(replied, lost), sock=ours))[1])
         except BaseException as error:  # Cancelled, most often: the daemon is stopped while it starts.
             why = RuntimeUnavailable(f"the runtime process cannot be started: {error}")
             for lane in lanes:
                 lane.close(why)
             for ours, _ in pairs[len(lanes) :]:
                 ours.close()
-            if process is not None:
-                self._reap(process, 0.0)
+            if child is not None:
+                self._reap(child, 0.0)
             if isinstance(error, OSError):
                 raise why from None
             raise
@@ -278,12 +293,6 @@ class ProcessEngine:
                 their.close()
         child.free.extend(child.lanes)
         self._child = child
-
-    async def _connect(self, child: _Child, ours: socket.socket) -> _Lane:
-        _, lane = await asyncio.get_running_loop().create_unix_connection(
-            lambda: _Lane(lambda idle: self._replied(child, idle), lambda why: self._lost(child, why)), sock=ours
-        )
-        return lane
 
     async def _load(self, file: ModelFile) -> LoadedModel:
         """Raises `RuntimeUnavailable` or `ValueError`, also when the child dies of it."""
@@ -321,7 +330,7 @@ class ProcessEngine:
             lane.close(error)
         while self._waiting:
             self._waiting.popleft().fail(error)
-        self._reap(child.process, EXIT_S if self._closing else 0.0)
+        self._reap(child, EXIT_S if self._closing else 0.0)
         if self._closing:
             return
         log.warning("runtime process lost: %s", what)
@@ -332,9 +341,8 @@ class ProcessEngine:
             if self._restarting is None:
                 self._restarting = asyncio.get_running_loop().create_task(self._restart(), name="runtime-restart")
 
-    def _reap(self, process: asyncio.subprocess.Process, grace_s: float) -> None:
-        reaping = asyncio.get_running_loop().create_task(_reap(process, grace_s))
-        self._reaping.add(reaping)
+    def _reap(self, child: _Child, grace_s: float) -> None:
+        self._reaping.add(reaping := asyncio.get_running_loop().create_task(_reap(child, grace_s)))
         reaping.add_done_callback(self._reaping.discard)
 
     async def _restart(self) -> None:
@@ -377,11 +385,15 @@ class ProcessEngine:
                 self._crashes.pop(file.sha256, None)
 
 
-async def _reap(process: asyncio.subprocess.Process, grace_s: float) -> None:
+async def _reap(child: _Child, grace_s: float) -> None:
     """Collect the exit status; kill what has not ended after `grace_s`."""
+    process = child.process
     try:
         async with asyncio.timeout(grace_s):
             await process.wait()
     except TimeoutError:
         process.kill()
         await process.wait()
+    await child.listening
+    if process.returncode not in (0, -signal.SIGKILL) and child.said:
+        log.warning("last words of the runtime process", extra={"pid": process.pid, "text": child.said.strip()})

@@ -6,8 +6,12 @@ prepared graph: a `DELEGATE` node stands for the operators that XNNPACK took.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
+import os
+import platform
+import threading
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -41,16 +45,24 @@ class LiteRtRuntime:
         self._threads = threads
         self._accelerator = accelerator
         self._strict = strict
+        self._not_taken: set[Path] = set()
         self._interpreter, self.name = _import_interpreter()
 
     def load(self, path: Path) -> ModelRunner:
-        if self._accelerator == "gpu" or (self._accelerator == "auto" and any(map(_exists, _GPU_NODES))):
+        with CHATTER:
+            return self._load(path)
+
+    def _load(self, path: Path) -> ModelRunner:
+        gpu = self._accelerator == "gpu" or (self._accelerator == "auto" and any(map(_exists, _GPU_NODES)))
+        if gpu and path not in self._not_taken:
             try:
                 return CompiledRunner(path, self.name, "gpu")
             except (ImportError, RuntimeError, ValueError) as error:
                 if self._accelerator == "gpu" and self._strict:
                     raise RuntimeUnavailable(f"LiteRT's GPU accelerator does not take {path.name}: {error}") from None
-                log.info("%s runs on the CPU: the GPU accelerator does not take it: %s", path.name, error)
+                self._not_taken.add(path)  # Another instance of it need not try.
+                why = str(error).partition("\n")[0]
+                log.info("%s runs on the CPU: the GPU accelerator does not take it: %s", path.name, why)
         return InterpreterRunner(self._interpreter, path, self._threads, self.name)
 
 
@@ -126,9 +138,67 @@ class CompiledRunner:
         }
 
     def close(self) -> None:
-        for buffer in (*self._input_buffers, *self._output_buffers):
-            buffer.destroy()
-        self._model.close()
+        with CHATTER:
+            for buffer in (*self._input_buffers, *self._output_buffers):
+                buffer.destroy()
+            self._model.close()
+
+
+class Chatter:
+    """While entered, by whatever thread, what C code prints goes to a file in memory, and then to the log at `debug`.
+
+    LiteRT tells of every accelerator it looks for, and nothing it offers to Python silences that. In glibc `stderr` is
+    a variable that may be set; descriptor 2, and so every log of this process, is not touched. Elsewhere this does
+    nothing.
+    """
+
+    kept = False
+    """Whether it is printed all the same: the runtime process, whose parent listens, may have last words to say."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._file: int | None = None
+        self._shown: int | None = None
+        self._fd = -1
+        self._libc: ctypes.CDLL | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1 and self._opened():
+                stderr = self._stderr()
+                self._shown, stderr.value = stderr.value, self._file
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside or self._libc is None:
+                return
+            self._stderr().value = self._shown
+            self._libc.fflush(ctypes.c_void_p(self._file))
+            said = os.pread(self._fd, 1 << 16, 0).decode(errors="replace").strip()
+            os.ftruncate(self._fd, 0)
+            os.lseek(self._fd, 0, os.SEEK_SET)
+        if said:
+            log.debug("LiteRT said", extra={"text": said})
+
+    def _opened(self) -> bool:
+        """Made once and never closed: a thread of the library may be about to print."""
+        if self._libc is None and not self.kept and platform.libc_ver()[0] == "glibc":
+            libc = ctypes.CDLL(None)
+            libc.fdopen.restype = ctypes.c_void_p
+            self._fd = os.memfd_create("litert-stderr")
+            self._file = libc.fdopen(self._fd, b"w")
+            self._libc = libc if self._file else None
+        return self._libc is not None
+
+    def _stderr(self) -> ctypes.c_void_p:
+        assert self._libc is not None
+        return ctypes.c_void_p.in_dll(self._libc, "stderr")
+
+
+CHATTER = Chatter()
 
 
 def _exists(path: str) -> bool:

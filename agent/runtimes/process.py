@@ -20,6 +20,7 @@ from typing import Any
 from agent.core.types import Tensor
 from agent.runtimes import channel
 from agent.runtimes.base import ModelFile, RuntimeUnavailable
+from agent.runtimes.litert import CHATTER
 from agent.runtimes.runners import Runners, RuntimeOptions
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -32,6 +33,7 @@ def main(arguments: list[str]) -> None:
     # The terminal's Ctrl-C and systemd's SIGTERM reach the whole group; the daemon decides when this process ends.
     for ignored in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)
+    CHATTER.kept = True
     runners = Runners(RuntimeOptions(**json.loads(options)).runtime, time.monotonic)
     threads = [
         threading.Thread(target=_serve, args=(socket.socket(fileno=int(descriptor)), runners))

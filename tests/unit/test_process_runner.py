@@ -156,6 +156,25 @@ async def test_a_model_that_takes_the_process_down_is_refused(tmp_path: Path) ->
     await engine.close()
 
 
+async def test_last_words_are_logged_and_nothing_else_is_printed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    fifo = tmp_path / "crash.tflite"
+    os.mkfifo(fifo)
+    engine = ProcessEngine(RuntimeOptions(), 1, 0.1, SystemClock())
+    await engine.load(file_of(TFLITE))
+    loading = asyncio.create_task(engine.load(ModelFile(fifo, "tflite", "0" * 64)))
+    await until(lambda: engine.in_flight == 1)
+    os.kill(engine.status()["pid"], signal.SIGABRT)
+    with pytest.raises(ValueError, match="takes the runtime down"):
+        await loading
+    await until(lambda: "last words of the runtime process" in caplog.messages)
+    said = next(vars(record)["text"] for record in caplog.records if "last words" in record.message)
+    assert said.startswith("INFO: Created TensorFlow Lite XNNPACK delegate")
+    await engine.close()
+    assert capfd.readouterr().err == ""
+
+
 async def test_a_model_that_is_gone_at_the_restart_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isolated, "BACKOFF_INITIAL_S", 0.01)
     copy = tmp_path / "copy.onnx"

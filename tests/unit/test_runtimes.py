@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import sys
 import types
@@ -13,7 +14,7 @@ import pytest
 from agent.registry.catalog import Variant, load_catalog
 from agent.runtimes import litert
 from agent.runtimes.base import ModelFile, RuntimeUnavailable
-from agent.runtimes.litert import CompiledRunner, LiteRtRuntime
+from agent.runtimes.litert import Chatter, CompiledRunner, LiteRtRuntime
 from agent.runtimes.onnx import OnnxRuntime
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -203,3 +204,40 @@ def test_a_file_must_be_the_recorded_one(tmp_path: Path) -> None:
         ModelFile(path, "tflite", "0" * 64).verify()
     with pytest.raises(ValueError, match=r"gone\.tflite cannot be read: No such file"):
         ModelFile(tmp_path / "gone.tflite", "tflite", variant.sha256).verify()
+
+
+def test_what_the_library_prints_does_not_reach_standard_error(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "agent.runtimes.litert")
+    libc = ctypes.CDLL(None)
+    stderr = ctypes.c_void_p.in_dll(libc, "stderr")
+
+    def prints(text: bytes) -> None:
+        libc.fputs(text, stderr)
+        libc.fflush(stderr)
+
+    chatter = Chatter()
+    for text in (b"first", b"second"):
+        with chatter:
+            prints(text)
+            with chatter:  # Another thread that loads meanwhile.
+                prints(b" inner")
+            print("the log goes on", file=sys.stderr)
+            prints(b" outer")
+        prints(b"afterwards\n")
+    assert capfd.readouterr().err == "the log goes on\nafterwards\n" * 2
+    assert [vars(record)["text"] for record in caplog.records] == ["first inner outer", "second inner outer"]
+
+
+def test_a_model_that_the_gpu_does_not_take_is_told_in_one_line(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(litert, "_GPU_NODES", ("/dev/null",))
+    caplog.set_level("INFO", "agent.runtimes.litert")
+    runtime = LiteRtRuntime(accelerator="auto")
+    path = CATALOG.path(CATALOG.families["digits"].variants["gateway-fp16"])
+    for _ in range(2):
+        runtime.load(path)
+    assert capfd.readouterr().err == ""
+    assert len(caplog.messages) <= 1 and not any("\n" in message for message in caplog.messages)
