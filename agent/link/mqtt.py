@@ -35,7 +35,8 @@ STOPPED = "stopped"
 SOON_S = 5.0
 """A connection lost this soon after it came up may have been taken over by another client with the same id."""
 SOON_LOSSES = 3
-"""So many of them in a row, without a refused or failed try between them, and that is the likely cause."""
+"""So many of them in a row, without a refused or failed try between them, and that is the likely cause: the next try
+waits for half of `backoff_max_s` to all of it. A broker that looks the same and is back costs that much once."""
 RIVAL_GONE_S = 300.0
 """A connection that lasts this long shows that there is no such client, or no longer."""
 MAX_ROUTES = 1024
