@@ -27,7 +27,7 @@ OPEN_TIMEOUT_S: Final = 5.0
 """For the first HELLO: opening the port resets many boards, and their boot loaders wait for about 2 s."""
 RECONNECT_INITIAL_S: Final = 0.1
 """First wait after a lost port: a re-enumerating USB device is back within a few tenths of a second."""
-RECONNECT_MAX_S: Final = 5.0
+RECONNECT_MAX_S: Final = 2.0
 """Longest wait: a board that was plugged in again is found within this, and looking for it costs one open()."""
 PRESENCE_POLL_S: Final = 0.1
 """How soon a port that has come back is tried: a look at the file system costs a few microseconds."""
