@@ -206,7 +206,7 @@ async def test_a_permanent_error_waits_longest_at_once() -> None:
     target = await bench.started()
     await asyncio.sleep(12)
     times = [at for _, at in bench.opened]
-    assert [round(b - a) for a, b in pairwise(times)] == [5, 5]
+    assert [round(b - a) for a, b in pairwise(times)] == [2] * 6
     assert target.availability().reason == "/dev/a: no permission"
     await target.stop()
 
@@ -219,7 +219,7 @@ async def test_the_back_off_grows_while_a_port_is_missing() -> None:
     await asyncio.sleep(12)
     times = [at for _, at in bench.opened]
     gaps = [round(b - a, 1) for a, b in pairwise(times)]
-    assert gaps[:7] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0]
+    assert gaps[:7] == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
     await target.stop()
 
 
