@@ -122,6 +122,6 @@ class Runners:
         return self._sets[sha256]
 
     def close(self) -> None:
-        for runners in self._sets.values():
-            runners.close()
-        self._sets.clear()
+        """Free all; a load that is under way on another thread may add its model meanwhile."""
+        while self._sets:
+            self._sets.popitem()[1].close()

@@ -19,7 +19,7 @@ from agent.registry.catalog import load_catalog
 from agent.runtimes.base import Format, ModelFile, RuntimeUnavailable
 from agent.runtimes.litert import LiteRtRuntime
 from agent.runtimes.pool import OUTLIER, RECHECK, WINDOW, RuntimePool, ServiceTimes
-from agent.runtimes.runners import FIRST_RUNS
+from agent.runtimes.runners import FIRST_RUNS, Runners
 
 CATALOG = load_catalog(Path(__file__).resolve().parents[2] / "models" / "catalog.yaml")
 DIGITS = CATALOG.families["digits"].variants
@@ -301,3 +301,21 @@ async def test_a_runtime_that_is_not_installed_keeps_no_other_out(file: ModelFil
     assert pool.loaded(tflite.sha256) is outcomes[tflite.sha256]
     assert pool.loaded(onnx.sha256) is None
     await pool.close()
+
+
+def test_a_load_that_ends_while_the_models_are_freed_disturbs_nothing(file: ModelFile, tmp_path: Path) -> None:
+    late = tmp_path / "late.tflite"
+    late.write_bytes(b"late")
+    also = ModelFile(late, "tflite", hashlib.sha256(b"late").hexdigest())
+
+    class Freed(Scripted):
+        def close(self) -> None:
+            super().close()
+            if self.closed == 1:
+                runners.load(also)
+
+    scripted = Freed()
+    runners = Runners(scripted, SystemClock().monotonic)
+    runners.load(file)
+    runners.close()
+    assert scripted.closed == 2
