@@ -139,7 +139,7 @@ class App:
             since_s = round(self._clock.monotonic() - link.since, 3)
             state = "up" if link.connected else "down"
             parts.append({"name": "mqtt door", "state": state, "reason": link.reason, "since_s": since_s})
-        trouble = self.cache.problem() if hasattr(self.cache, "problem") else ""
+        trouble = self.cache.problem()
         parts.append({"name": "cache", "state": "degraded" if trouble else "up", "reason": trouble})
         return parts
 

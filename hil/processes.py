@@ -115,7 +115,7 @@ class Stage:
 
     def __init__(self, keep: Path | None = None) -> None:
         self._temporary = None if keep else tempfile.TemporaryDirectory(prefix="edge-agent-")
-        self.folder = keep or Path(self._temporary.name if self._temporary else ".")
+        self.folder = keep.resolve() if keep else Path(self._temporary.name if self._temporary else ".")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._processes: list[Process] = []
 
