@@ -9,6 +9,8 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from agent import __version__
 from agent.config import Config
 from agent.config_load import load_config
@@ -67,6 +69,7 @@ class App:
 
     def __init__(self, config: Config, catalog: Catalog, clock: Clock) -> None:
         self._config = config
+        self._catalog = catalog
         self._clock = clock
         self._started = clock.monotonic()
         self.metrics = Metrics()
@@ -156,6 +159,7 @@ class App:
             await asyncio.gather(*(target.start() for target in self.targets))
         except RuntimeUnavailable as error:
             raise ConfigError([f"edge_gpu: {error}"]) from None
+        self._warm_up()
         self.supervisor.spawn("load", self._sample_load, stall_s=STALL_S + self._config.monitoring.sample_interval_s)
         self.supervisor.spawn("loop", self._heartbeat, stall_s=STALL_S)
         if self._config.http.enabled:
@@ -183,6 +187,14 @@ class App:
         await self.supervisor.stop()
         await asyncio.gather(*(target.stop() for target in self.targets))
         await asyncio.to_thread(self.cache.close)
+
+    def _warm_up(self) -> None:
+        """Admit and rank one request for each model, and run none: code that runs for the first time takes
+        milliseconds, which the first realtime request does not have."""
+        for family in self._catalog.families.values():
+            inputs = {spec.name: np.zeros(spec.shape).tolist() for spec in family.inputs}
+            request = self.admission.from_document({"inputs": inputs}, model=family.name)
+            self.router.decide(request, family, self._clock.monotonic())
 
     async def _sample_load(self, component: Component) -> None:
         while True:
