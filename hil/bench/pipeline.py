@@ -45,7 +45,7 @@ def measure(seconds: float) -> list[Line]:
     lines: list[Line] = []
     with tempfile.TemporaryDirectory(prefix="edge-agent-") as folder, loops.runner() as runner:
         gateways = {
-            name: runner.run(Gateway.open(catalog, limit_ms, Path(folder) / f"{name}.sqlite"))
+            name: runner.run(Gateway.open(catalog, limit_ms, Path(folder) / name / "cache.sqlite"))
             for name, limit_ms in (("inline", ALWAYS_INLINE_MS), ("pooled", NEVER_INLINE_MS))
         }
         try:
