@@ -21,6 +21,8 @@ def test_nothing_is_left_behind(ways: list[signal.Signals], tmp_path: Path) -> N
             stdout=log,
             stderr=log,
             env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"},
+            # Where the tests run in a shell's background, SIGINT is ignored, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     parent = psutil.Process(demo.pid)
     wait_until(lambda: "ready" in (tmp_path / "log").read_text(), "the demonstration running", 40.0)
