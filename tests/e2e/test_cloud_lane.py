@@ -25,7 +25,6 @@ from tests.brokers import MOSQUITTO, Broker, has_rumqttd, mosquitto, rumqttd, ru
 ROOT = Path(__file__).resolve().parents[2]
 CATALOG = ROOT / "models" / "catalog.yaml"
 START_S = 60.0
-pytestmark = pytest.mark.skipif(not CATALOG.is_file(), reason="the models have not been made")
 
 BROKERS = [
     pytest.param(mosquitto, id="mosquitto", marks=pytest.mark.skipif(MOSQUITTO is None, reason="no mosquitto")),
