@@ -1,0 +1,58 @@
+"""The doors: HTTP, MQTT, and the topics of sensors."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from agent.config.base import ClassName, Name, Priority, Section
+from agent.config.broker import BrokerSection
+
+
+class MqttSection(BrokerSection):
+    """The gateway's own broker: sensors and local clients."""
+
+    enabled: bool = True
+    broker: str = "mqtt://127.0.0.1:1883"
+    keepalive_s: int = Field(default=15, ge=1, le=3600)
+    max_payload_bytes: int = Field(default=1 << 20, ge=64, le=256 << 20)
+    max_in_flight: int = Field(default=128, ge=1, le=65_535)
+    """Messages from the broker that are being answered at once (the MQTT 5 Receive Maximum)."""
+
+
+class HttpSection(Section):
+    enabled: bool = True
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=0, le=65_535)
+    """0: any free port, printed in the log."""
+    max_body_bytes: int = Field(default=1 << 20, ge=64, le=256 << 20)
+    allow_remote: bool = False
+    """Listen on an address other than loopback, without authentication. Put a proxy in front that has it."""
+
+    @model_validator(mode="after")
+    def _loopback(self) -> Self:
+        if not self.allow_remote and self.host not in ("127.0.0.1", "::1", "localhost"):
+            raise ValueError(f"host {self.host!r} is not loopback: set allow_remote: true if that is meant")
+        return self
+
+
+class SensorSection(Section):
+    """How messages on one topic become requests."""
+
+    model: str
+    name: Name | None = None
+    """Results go to `edge/{gateway}/results/{name}`; None: the topic's last level, or what its `+` matched."""
+    latency_class: ClassName = "near"
+    deadline_ms: float | None = Field(default=None, gt=0, le=3_600_000)
+    priority: Priority = 5
+    format: Literal["json", "raw"] = "json"
+    field: str | None = None
+    """For json: the key of the payload that holds the values; None: the payload is the array, or has `inputs`."""
+    dtype: Literal["float32", "float16", "int8", "uint8", "int16", "int32"] | None = None
+    """For raw: how the bytes are to be read (little-endian); None: the model's own type."""
+    scale: float = 1.0
+    """Values are multiplied by this."""
+    qos: Literal[0, 1] = 1
+    use_cache: bool = True
+    allowed_regions: tuple[str, ...] = ()

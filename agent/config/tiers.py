@@ -1,0 +1,86 @@
+"""The tiers: boards, the gateway's own runtimes, cloud lanes."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from agent.config.base import Name, Section, Topic
+from agent.config.broker import BrokerSection
+
+
+class McuSection(Section):
+    enabled: bool = True
+    ports: tuple[str, ...] = ()
+    """Serial ports, one microcontroller each; empty: the tier is off. `port` is accepted for a single one."""
+    baud: int = Field(default=921_600, ge=1200, le=20_000_000)
+    timeout_ms: float = Field(default=50, gt=0, le=60_000)
+    max_concurrent: int = Field(default=4, ge=1, le=64)
+    """Open requests for each microcontroller; the window it advertises may lower it."""
+    health_check_interval: float = Field(default=5, gt=0, le=3600)
+    """Seconds between PINGs on an idle line."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _single_port(cls, data: object) -> object:
+        if isinstance(data, dict) and "port" in data:
+            if "ports" in data:
+                raise ValueError("give either port or ports, not both")
+            data = {**data, "ports": [data["port"]]}
+            del data["port"]
+        return data
+
+    @field_validator("ports", mode="after")
+    @classmethod
+    def _distinct(cls, ports: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(ports)) != len(ports):
+            raise ValueError("names the same port twice")
+        return ports
+
+
+class GpuSection(Section):
+    """The gateway's own runtime; called `edge_gpu` also where it runs on the CPU."""
+
+    enabled: bool = True
+    providers: tuple[Literal["tensorrt", "cuda", "cpu"], ...] = Field(default=("tensorrt", "cuda", "cpu"), min_length=1)
+    """ONNX Runtime execution providers, in order of preference."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """For LiteRT models: `auto` takes the GPU accelerator where it loads, else XNNPACK on the CPU."""
+    strict_provider: bool = False
+    """Refuse to start rather than run on another provider than the first one named."""
+    timeout_ms: float = Field(default=200, gt=0, le=600_000)
+    max_concurrent: int = Field(default=5, ge=1, le=256)
+    threads: int = Field(default=1, ge=1, le=64)
+    """XNNPACK / ONNX Runtime threads for each inference."""
+    workers: int = Field(default=2, ge=1, le=64)
+    """Threads that run inferences at once."""
+    inline_below_ms: float = Field(default=0.5, ge=0, le=5)
+    """Inferences that measure faster than this run on the event loop: a hand-over to a thread costs more. 0: never."""
+    isolation: Literal["thread", "process"] = "thread"
+    """`process`: run the runtime in a child process, so that an accelerator that hangs takes nothing else along."""
+
+
+class LaneSection(BrokerSection):
+    """One way into the cloud."""
+
+    name: Name
+    kind: Literal["gpu", "serverless"] = "gpu"
+    topic: Topic = "edge-agent/lanes/default"
+    cost_per_request: float = Field(default=0.001, ge=0, le=1000)
+    timeout_ms: float = Field(default=5000, gt=0, le=600_000)
+    max_concurrent: int = Field(default=100, ge=1, le=10_000)
+    region: Name | None = None
+    backup: bool = False
+    """Asked only after the lanes that are not backups."""
+
+
+class CloudSection(Section):
+    lanes: tuple[LaneSection, ...] = Field(default=(), max_length=16)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = [lane.name for lane in self.lanes]
+        if len(set(names)) != len(names):
+            raise ValueError("two lanes have the same name")
+        return self
