@@ -43,6 +43,10 @@ ROUNDS: Final = 3
 """How often chunks that the MCU still lacks are sent again."""
 
 
+TOLERANCE: Final = 1
+"""Of an output byte: kernels of different makers round differently in the last bit."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelImage:
     """A model and what MODEL_BEGIN says of it.
@@ -56,7 +60,7 @@ class ModelImage:
     counter: int
     arena: int = 0
     selftest: bytes = b""
-    tolerance: int = 1
+    tolerance: int = TOLERANCE
     allow_lower_counter: bool = False
     board: str = ""
     operators: tuple[int, ...] = ()
@@ -66,6 +70,10 @@ class ModelImage:
     @property
     def data(self) -> bytes:
         return self.model + self.selftest
+
+    @property
+    def model_sha256(self) -> bytes:
+        return hashlib.sha256(self.model).digest()
 
     def manifest(self, chunk: int, format_: int = MANIFEST_FORMAT) -> ModelBegin:
         """MODEL_BEGIN for chunks of `chunk` bytes."""
@@ -78,7 +86,7 @@ class ModelImage:
             counter=self.counter,
             arena=self.arena,
             selftest_tolerance=self.tolerance,
-            model_sha256=hashlib.sha256(self.model).digest(),
+            model_sha256=self.model_sha256,
             image_sha256=hashlib.sha256(self.data).digest(),
             board=self.board,
             operators=self.operators,
@@ -119,7 +127,9 @@ async def push_model(
     if status.state != SlotState.TRIAL:
         return status
     trial = next(slot for slot in session.hello.slots if slot.index == status.slot)
-    tell(f"slot {trial.index}: verified by the board, in trial; the former model is kept")
+    kept = any(slot.state == SlotState.STORED for slot in session.hello.slots)
+    former = "the former model is kept" if kept else "there is no former model to go back to"
+    tell(f"slot {trial.index}: verified by the board, in trial; {former}")
     samples = image.samples or _of_selftest(image.selftest, trial.input_bytes)
     slot = await prove_and_confirm(session, trial, samples, image.tolerance, clock, tell)
     tell(f"slot {slot.index}: confirmed")
