@@ -41,12 +41,17 @@ class MessageType(IntEnum):
     MODEL_ABORT = 0x13
     MODEL_QUERY = 0x14
     STATS_REQ = 0x20
+    STREAM_START = 0x30
+    STREAM_CREDIT = 0x31
+    STREAM_STOP = 0x32
     HELLO = 0x81
     PONG = 0x82
     RESULT = 0x83
     MODEL_STATUS = 0x90
     STATS = 0xA0
     LOG = 0xA1
+    STREAM_STATUS = 0xB0
+    STREAM_RESULT = 0xB1
     ERROR = 0xFF
 
 
@@ -77,6 +82,7 @@ class ErrorCode(IntEnum):
     SELFTEST = 22
     FLASH = 23
     INTERNAL = 24
+    SENSOR = 30
 
 
 class SlotState(IntEnum):
@@ -116,6 +122,15 @@ class SignatureKind(IntEnum):
     ED25519 = 1
 
 
+class SendInputs(IntEnum):
+    """Which results of a stream carry the inputs they were computed from."""
+
+    NEVER = 0
+    BELOW = 1
+    """The threshold: those that the board is not sure of."""
+    ALWAYS = 2
+
+
 class LogLevel(IntEnum):
     DEBUG = 0
     INFO = 1
@@ -144,3 +159,5 @@ class StatId(IntEnum):
     ANSWERS_REPEATED = 16
     FLASH_OPERATIONS = 17
     QUEUE_HIGH_WATER = 18
+    STREAM_RESULTS = 23
+    STREAM_SKIPPED = 24

@@ -46,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baud", type=_positive, help="pace the line to this rate (default: as fast as it goes)")
     parser.add_argument("--arena", type=_positive, default=DEFAULT_ARENA, metavar="BYTES", help="bytes of tensor arena")
     parser.add_argument("--control", type=Path, metavar="SOCKET", help="Unix socket for reset, unplug, noise, ...")
+    parser.add_argument(
+        "--samples",
+        type=Path,
+        metavar="FILE",
+        help="what its sensor reads: rows of the model's input bytes (hil.samples)",
+    )
     parser.add_argument("--window", type=_window, default=DEFAULT_WINDOW, help="open requests the board holds")
 
 
@@ -74,6 +80,7 @@ def main(args: argparse.Namespace) -> int:
                 window=args.window,
                 # Stable over restarts, and different for every flash file.
                 unique_id=zlib.crc32(str(args.flash.resolve()).encode()),
+                samples=args.samples.read_bytes() if args.samples else b"",
             )
             machine = Machine(settings, flash, engine)
             opened.callback(machine.close)
