@@ -252,9 +252,7 @@ class Machine:
             case "resume":
                 self._stalled = False
             case "clock":
-                if "drift_ppm" in request:
-                    self._clock.drift(float(request["drift_ppm"]))
-                return self._clock.truth()
+                return self._clock.command(request)
             case "stats":
                 return {
                     **self._counts,

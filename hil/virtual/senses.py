@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 
 class BoardClock:
@@ -26,8 +28,11 @@ class BoardClock:
     def now_us(self) -> int:
         return int(self._at(time.monotonic_ns()))
 
-    def truth(self) -> dict[str, float]:
-        """The same moment on both clocks, in seconds: what a gateway on this machine should find out."""
+    def command(self, request: Mapping[str, Any]) -> dict[str, float]:
+        """The same moment on both clocks, in seconds: what a gateway on this machine should find out. With `drift_ppm`:
+        that is its drift from now on. Raises `ValueError`."""
+        if "drift_ppm" in request:
+            self.drift(float(request["drift_ppm"]))
         now_ns = time.monotonic_ns()
         return {"board_s": self._at(now_ns) / 1e6, "monotonic_s": now_ns / 1e9}
 

@@ -53,6 +53,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "timeout_ms": 50,
         "max_concurrent": 4,
         "health_check_interval": 5,
+        "streams": (),
     },
     "edge_gpu": {
         "enabled": True,

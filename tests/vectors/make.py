@@ -14,6 +14,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import streaming
 from cobs import cobs
 
 TARGET = Path(__file__).with_name("frames.json")
@@ -30,19 +31,14 @@ TYPES = {
     "MODEL_ABORT": 0x13,
     "MODEL_QUERY": 0x14,
     "STATS_REQ": 0x20,
-    "STREAM_START": 0x30,
-    "STREAM_CREDIT": 0x31,
-    "STREAM_STOP": 0x32,
     "HELLO": 0x81,
     "PONG": 0x82,
     "RESULT": 0x83,
     "MODEL_STATUS": 0x90,
     "STATS": 0xA0,
     "LOG": 0xA1,
-    "STREAM_STATUS": 0xB0,
-    "STREAM_RESULT": 0xB1,
     "ERROR": 0xFF,
-}
+} | streaming.TYPES
 FRAGMENT, RETRY = 1, 2
 
 ABOUT = [
@@ -128,16 +124,6 @@ def stats(fields: dict[str, Any]) -> bytes:
     return bytes([len(values)]) + b"".join(struct.pack("<BQ", i, v) for i, v in values)
 
 
-def stream_start(f: dict[str, Any]) -> bytes:
-    names = ("source", "send_inputs", "threshold", "interval_ms", "credits")
-    return struct.pack("<BBbII", *(f[k] for k in names)) + f["model"]
-
-
-def stream_result(f: dict[str, Any]) -> bytes:
-    head = struct.pack("<IIQIH", *(f[k] for k in ("seq", "skipped", "time_us", "compute_us")), len(f["outputs"]))
-    return head + f["outputs"] + f["inputs"]
-
-
 ENCODE: dict[str, Any] = {
     "HELLO_REQ": lambda f: struct.pack("<BBH", f["major"], f["minor"], f["max_frame"]),
     "HELLO": hello,
@@ -155,15 +141,10 @@ ENCODE: dict[str, Any] = {
     "MODEL_STATUS": model_status,
     "STATS_REQ": lambda f: b"",
     "STATS": stats,
-    "STREAM_START": stream_start,
-    "STREAM_CREDIT": lambda f: struct.pack("<I", f["upto"]),
-    "STREAM_STOP": lambda f: b"",
-    "STREAM_STATUS": lambda f: struct.pack("<BIII", *(f[k] for k in ("state", "seq", "skipped", "upto"))),
-    "STREAM_RESULT": stream_result,
     "LOG": lambda f: bytes([f["level"]]) + f["text"].encode(),
     "ERROR": lambda f: struct.pack("<H", f["code"]) + f["text"].encode(),
     "FRAGMENT": lambda f: struct.pack("<II", f["total"], f["offset"]) + f["data"],
-}
+} | streaming.ENCODE
 
 EMPTY_SLOT = dict.fromkeys(SLOT_FIELDS, 0) | {"index": 1, "sha256": bytes(32)}
 ACTIVE_SLOT = {
@@ -217,14 +198,6 @@ STATUS = {
     "bitmap": bytes([0b10]) + bytes(31),
     "image_sha256": SHA_IMAGE,
 }
-RESULT_STREAMED = {
-    "seq": 16,
-    "skipped": 3,
-    "time_us": 123_456_789_012,
-    "compute_us": 4800,
-    "outputs": bytes(range(246, 256)),
-    "inputs": b"",
-}
 
 MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
     ("hello_req", "HELLO_REQ", {"major": 1, "minor": 0, "max_frame": 4096}),
@@ -261,21 +234,12 @@ MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
     ("stats_req", "STATS_REQ", {}),
     ("stats", "STATS", {"values": [[1, 123_456_789_012], [2, 10], [200, 0xFFFFFFFFFFFFFFFF]]}),
     ("stats_empty", "STATS", {"values": []}),
-    (
-        "stream_start",
-        "STREAM_START",
-        {"source": 0, "send_inputs": 1, "threshold": -5, "interval_ms": 50, "credits": 8, "model": SHA_A[:8]},
-    ),
-    ("stream_credit", "STREAM_CREDIT", {"upto": 0xFFFFFFFF}),
-    ("stream_stop", "STREAM_STOP", {}),
-    ("stream_status", "STREAM_STATUS", {"state": 1, "seq": 17, "skipped": 3, "upto": 25}),
-    ("stream_result", "STREAM_RESULT", RESULT_STREAMED),
-    ("stream_result_inputs", "STREAM_RESULT", RESULT_STREAMED | {"inputs": pattern(64)}),
     ("log", "LOG", {"level": 2, "text": "slot 1 is bad"}),
     ("log_empty", "LOG", {"level": 0, "text": ""}),
     ("error_text", "ERROR", {"code": 19, "text": "tensor 3: größer als der Puffer"}),
     ("error_bare", "ERROR", {"code": 5, "text": ""}),
     ("fragment", "FRAGMENT", {"total": 2000, "offset": 236, "data": pattern(236, 1)}),
+    *streaming.MESSAGES,
 ]
 
 
@@ -326,17 +290,7 @@ def build() -> dict[str, Any]:
     add_frame("one_full_cobs_group", TYPES["PING"], 3, 0x0101, full_id, full_payload)
 
     grown = []
-    for name in (
-        "hello_req",
-        "hello_full",
-        "model_begin_signed",
-        "model_status",
-        "stats",
-        "cancel",
-        "stream_start",
-        "stream_credit",
-        "stream_status",
-    ):
+    for name in ("hello_req", "hello_full", "model_begin_signed", "model_status", "stats", "cancel", *streaming.GROWN):
         fields = next(f for n, _, f in MESSAGES if n == name)
         type_name, body = bodies[name]
         grown.append(
@@ -359,10 +313,7 @@ def build() -> dict[str, Any]:
         "model_status",
         "stats",
         "error_bare",
-        "stream_start",
-        "stream_credit",
-        "stream_status",
-        "stream_result",
+        *streaming.SHORT,
     ):
         type_name, body = bodies[name]
         cuts = sorted({0, 1, len(body) // 2, len(body) - 1})
