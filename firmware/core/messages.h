@@ -91,8 +91,8 @@ constexpr size_t kPongHead = 16;     // t_rx and t_tx
 constexpr size_t kResultHead = 16;   // model, queue_us, compute_us
 constexpr size_t kChunkHead = 4;     // offset
 constexpr size_t kStreamHead = 22;   // seq, skipped, time_us, compute_us, output_bytes
-constexpr size_t kStreamStatusSize = 13;
 constexpr size_t kStatusBitmap = 32;    // bytes
+constexpr size_t kModelStatusSize = 16 + kStatusBitmap + kSha256Size;
 constexpr size_t kManifestSigned = 85;  // MODEL_BEGIN from format through image_sha256
 constexpr size_t kManifestSize = kManifestSigned + 1 + kSignatureSize;
 
