@@ -84,7 +84,8 @@ constexpr size_t kMaxBuffers = 1024;
 constexpr size_t kMaxRank = 6;
 constexpr size_t kMaxModelIo = 8;
 
-// Tables of 1 KiB for the CRC, and bytes taken at a time: 1, or 4 to 8 where flash is plenty.
+// Tables of 1 KiB for the CRC, and bytes taken at a time: 1, or 4 to 8 where flash is plenty. 0 does with 64
+// bytes and half a byte at a time.
 #ifndef EDGE_CRC_TABLES
 #define EDGE_CRC_TABLES 1
 #endif

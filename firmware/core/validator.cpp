@@ -1,6 +1,5 @@
 #include "core/validator.h"
 
-#include <cmath>
 #include <cstring>
 
 #include "core/flatbuffer.h"
@@ -15,6 +14,8 @@ using flatbuffer::Vector;
 
 constexpr uint32_t kSchemaVersion = 3;
 constexpr uint32_t kAny = 0xFF;
+constexpr uint32_t kInfinity = 0x7F800000;  // the bits of floats
+constexpr uint32_t kMinusZero = 0x80000000;
 
 // What the kernels read without looking: an operator with fewer tensors would make them read behind a list.
 struct Arity {
@@ -119,8 +120,8 @@ class Validator {
     if (codes_.size() == 0 || codes_.size() > kMaxOperatorCodes) return invalid("number of operator codes");
     for (uint32_t i = 0; i < codes_.size(); ++i) {
       Table code(&file_, codes_.table_at(i));
-      const uint32_t deprecated = static_cast<uint8_t>(code.u(0, 1));
-      const uint32_t builtin = static_cast<uint32_t>(code.u(3, 4));
+      const uint32_t deprecated = code.u(0, 1);
+      const uint32_t builtin = code.u(3, 4);
       const bool custom = code.has(1);
       if (!file_.ok()) return invalid("operator code table");
       const uint32_t value = builtin > deprecated ? builtin : deprecated;
@@ -158,7 +159,7 @@ class Validator {
     Table buffer(&file_, buffers_.table_at(index));
     // Data behind the FlatBuffer (`offset`, `size`) is for files over 2 GB. 1 is how converters write "not
     // used".
-    if (buffer.u(1, 8) > 1 || buffer.u(2, 8) > 1) file_.fail();
+    if (buffer.u64(1) > 1 || buffer.u64(2) > 1) file_.fail();
     return buffer.vector(0, 1);
   }
 
@@ -167,8 +168,8 @@ class Validator {
     for (uint32_t i = 0; i < tensors_.size(); ++i) {
       Table tensor(&file_, tensors_.table_at(i));
       const Vector shape = tensor.vector(0, 4);
-      const uint64_t size = tensor_bytes(i);
-      const uint32_t buffer = static_cast<uint32_t>(tensor.u(2, 4));
+      const uint32_t size = tensor_bytes(i);
+      const uint32_t buffer = tensor.u(2, 4);
       const bool variable = tensor.u(5, 1) != 0;
       if (!file_.ok()) return invalid("tensor table");
       if (size == 0) return invalid("tensor type or shape");
@@ -187,7 +188,7 @@ class Validator {
   }
 
   // 0 if the type or a dimension is not one that can be computed with.
-  uint64_t tensor_bytes(uint32_t index) {
+  uint32_t tensor_bytes(uint32_t index) {
     Table tensor(&file_, tensors_.table_at(index));
     const Vector shape = tensor.vector(0, 4);
     uint64_t size = element_size(static_cast<uint8_t>(tensor.u(1, 1)));
@@ -198,24 +199,23 @@ class Validator {
       size *= static_cast<uint32_t>(dimension);
       if (size > INT32_MAX) return 0;  // below 2^31 before, times less than 2^31: no overflow in 64 bits
     }
-    return size;
+    return static_cast<uint32_t>(size);
   }
 
   bool quantization(Table& tensor, const Vector& shape) {
-    const uint64_t at = tensor.target(4);
+    const uint32_t at = tensor.target(4);
     if (at == 0) return file_.ok();
     Table table(&file_, at);
     const Vector scale = table.vector(2, 4);
     const Vector zero_point = table.vector(3, 8);
-    const uint32_t axis = static_cast<uint32_t>(table.u(6, 4));
+    const uint32_t axis = table.u(6, 4);
     if (!file_.ok() || table.u(4, 1) != 0) return false;
     if (scale.size() == 0) return zero_point.size() == 0;
     for (uint32_t i = 0; i < scale.size(); ++i) {
-      const uint32_t bits = static_cast<uint32_t>(scale.u(i));
-      float value;
-      memcpy(&value, &bits, sizeof value);
-      // Zero is written for a channel whose weights are all zero.
-      if (!std::isfinite(value) || value < 0) return false;
+      // Bits of a float: neither negative nor infinite nor a NaN. Zero is written for a channel whose weights
+      // are all zero.
+      const uint32_t bits = scale.u(i);
+      if (bits >= kInfinity && bits != kMinusZero) return false;
     }
     if (zero_point.size() != scale.size()) return false;
     if (scale.size() == 1) return true;
@@ -226,7 +226,7 @@ class Validator {
     if (list.size() == 0 || list.size() > kMaxModelIo) return invalid("number of inputs or outputs");
     uint64_t sum = 0;
     for (uint32_t i = 0; i < list.size(); ++i) {
-      const uint32_t index = static_cast<uint32_t>(list.u(i));
+      const uint32_t index = list.u(i);
       if (index >= tensors_.size()) return invalid("input or output index");
       if (is_input && is_made(index)) return invalid("input that is constant or named twice");
       if (!is_input && !is_made(index)) return invalid("output that nothing makes");
@@ -243,7 +243,7 @@ class Validator {
     if (operators.size() == 0 || operators.size() > kMaxOperators) return invalid("number of operators");
     for (uint32_t i = 0; i < operators.size(); ++i) {
       Table op(&file_, operators.table_at(i));
-      const uint32_t code = static_cast<uint32_t>(op.u(0, 4));
+      const uint32_t code = op.u(0, 4);
       const Vector inputs = op.vector(1, 4);
       const Vector outputs = op.vector(2, 4);
       const Vector intermediates = op.vector(8, 4);
@@ -263,12 +263,12 @@ class Validator {
       for (uint32_t k = 0; k < inputs.size(); ++k) {
         // -1 is an optional tensor that is absent: only behind those that the kernel always reads.
         if (inputs.i32(k) == -1 && k >= arity.min_inputs) continue;
-        const uint32_t tensor = static_cast<uint32_t>(inputs.u(k));
+        const uint32_t tensor = inputs.u(k);
         if (tensor >= tensors_.size()) return invalid("operator input index");
         if (!is_made(tensor)) return invalid("operator reads what nothing made");
       }
       for (uint32_t k = 0; k < outputs.size(); ++k) {
-        const uint32_t tensor = static_cast<uint32_t>(outputs.u(k));
+        const uint32_t tensor = outputs.u(k);
         if (tensor >= tensors_.size()) return invalid("operator output index");
         if (is_made(tensor)) return invalid("tensor is written twice");
         made(tensor);
@@ -279,10 +279,10 @@ class Validator {
 
   // Options are scalars, except for RESHAPE and SQUEEZE, whose field 0 is a list of integers.
   bool options(Table& op) {
-    constexpr uint64_t kReshapeOptions = 17;
-    constexpr uint64_t kSqueezeOptions = 30;
-    const uint64_t type = op.u(3, 1);
-    const uint64_t at = op.target(4);
+    constexpr uint32_t kReshapeOptions = 17;
+    constexpr uint32_t kSqueezeOptions = 30;
+    const uint32_t type = op.u(3, 1);
+    const uint32_t at = op.target(4);
     if (at == 0) return file_.ok();
     Table table(&file_, at);
     // An option may be read as a scalar of up to 8 bytes that begins at the table's last byte.

@@ -3,7 +3,7 @@
 
 extern "C" {
 
-[[noreturn]] void abort() {
+[[noreturn]] __attribute__((used)) void abort() {
   __asm volatile("udf #0");  // recorded as a fault
   for (;;) {
   }

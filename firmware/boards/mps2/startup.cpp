@@ -36,7 +36,7 @@ __attribute__((naked, noreturn)) void reset_handler() {
       "spin: b spin        \n");
 }
 
-void start_cpp() {
+__attribute__((used)) void start_cpp() {
   for (uint32_t *to = __data_start, *from = __data_load; to != __data_end;) *to++ = *from++;
   for (uint32_t* to = __bss_start; to != __bss_end;) *to++ = 0;
   edge::mps2::paint_stack();
@@ -48,7 +48,7 @@ void start_cpp() {
 }
 
 // `frame` is what the core pushed: r0-r3, r12, lr, pc, xpsr. It is not there if pushing it was what failed.
-[[noreturn]] void record_fault(const uint32_t* frame, uint32_t watchdog) {
+[[noreturn]] __attribute__((used)) void record_fault(const uint32_t* frame, uint32_t watchdog) {
   const edge::mps2::Scb& scb = edge::mps2::scb();
   edge::mps2::Crash crash{0, 0, scb.cfsr, 0};
   // Bits of CFSR: 7 the address of a memory fault is valid, 15 that of a bus fault; 4 and 12 the frame is
