@@ -22,9 +22,9 @@
 #define EDGE_UART_RING 8192
 #endif
 
-// A sketch of the board's own defines this to give it a sensor: the next reading as the model's input
-// tensors, `size` bytes in the model's own type and scale; false if there is none. Once is defined together
-// with -DEDGE_SOURCES=<how many>; with -DEDGE_SYNTHETIC_SOURCE a pattern stands for a sensor.
+// A board with sensors of its own: -DEDGE_SOURCES=<how many>, and this function in a file beside this one. It
+// gives the next reading as the model's input tensors, `size` bytes in the model's own type and scale; false
+// if there is none. With -DEDGE_SYNTHETIC_SOURCE a pattern stands for a sensor.
 #if defined(EDGE_SYNTHETIC_SOURCE)
 #define EDGE_SOURCES 1
 static bool edge_sample(uint8_t, uint8_t* out, size_t size) {
