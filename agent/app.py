@@ -48,7 +48,7 @@ def build_targets(
     config: Config, catalog: Catalog, clock: Clock, deliver: Callable[[Streamed], None] = lambda sample: None
 ) -> list[Target]:
     """Every configured tier. A new tier is one file in `targets/` and one line here. `deliver` gets what boards sample
-    themselves.
+    themselves. Raises `ConfigError` for a stream of a model that is not in the catalogue.
 
     Imports happen here because a tier that is not configured need not take memory.
     """
@@ -57,6 +57,9 @@ def build_targets(
     if config.edge_mcu.enabled and config.edge_mcu.ports:
         from agent.targets.mcu import McuTarget
 
+        unknown = [stream for stream in config.edge_mcu.streams if stream.model not in catalog.families]
+        if unknown:
+            raise ConfigError([f"edge_mcu.streams: {stream.name}: no model {stream.model!r}" for stream in unknown])
         mcu_bytes = sizes.edge_mcu * 1e6
         targets.append(McuTarget(config.edge_mcu, catalog, clock, max_bytes=mcu_bytes, deliver=deliver))
     if config.edge_gpu.enabled:

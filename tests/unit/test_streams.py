@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from agent import cli
+from agent.app import build_targets
 from agent.config import Config, McuSection, RoutingSection, StreamSection
 from agent.core.clock import ManualClock
-from agent.core.errors import Unavailable
+from agent.core.errors import ConfigError, Unavailable
 from agent.core.streamed import Streamed
 from agent.core.types import InferenceRequest, InferenceResult, LatencyClass, Tier
 from agent.ingress.streams import StreamDoor
@@ -262,3 +265,17 @@ def test_streams_need_a_broker() -> None:
     mcu = {"port": "/a", "streams": [{"name": "n", "model": "m"}]}
     with pytest.raises(ValidationError, match="need mqtt"):
         Config.model_validate({"edge_mcu": mcu, "mqtt": {"enabled": False}})
+
+
+def test_a_stream_of_a_model_that_is_not_there_is_refused_at_the_start() -> None:
+    mcu = {"port": "/a", "streams": [{"name": "n", "model": "nothing"}]}
+    config = Config.model_validate({"edge_mcu": mcu})
+    with pytest.raises(ConfigError, match="n: no model 'nothing'"):
+        build_targets(config, make_catalog(), ManualClock())
+
+
+def test_check_names_a_stream_of_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("edge_mcu: {port: /a, streams: [{name: n, model: nothing}]}\n")
+    assert cli.main(["check", str(path)]) == 2
+    assert "edge_mcu.streams.0.model: must be one of" in capsys.readouterr().err
