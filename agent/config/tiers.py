@@ -21,6 +21,8 @@ class McuSection(Section):
     """Open requests for each microcontroller; the window it advertises may lower it."""
     health_check_interval: float = Field(default=5, gt=0, le=3600)
     """Seconds between PINGs."""
+    require_signed_updates: bool = False
+    """Boards that do not verify Ed25519 are not updated, and a trial of theirs is not confirmed."""
     streams: tuple[StreamSection, ...] = Field(default=(), max_length=64)
     """One for each board that samples a sensor of its own."""
 

@@ -12,8 +12,8 @@
 
 namespace edge {
 
-// Of what changes something, a repeated request must find its answer. INFER only computes: run again, it answers
-// the same.
+// Of what changes something, a repeated request must find its answer. INFER only computes: run again, it
+// answers the same.
 static_assert(kStoredAnswer >= kModelStatusSize, "the answer to a model message must fit the answer store");
 static_assert(kMaxMessage >= kMaxFrame, "a body that fits a frame must fit a buffer");
 

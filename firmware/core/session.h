@@ -31,13 +31,14 @@ class Session {
   // all else is queued.
   void feed(const uint8_t* data, size_t size);
 
-  // Runs the oldest queued request, or takes the sample that is due; in turn where there are both. True if
-  // requests are queued still.
+  // Runs the oldest queued request, or takes the sample that is due; in turn where there are both. Ends a
+  // trial that is over. True if requests are queued still.
   bool poll();
 
   bool pending() const { return !resetting_ && queue_.size() > 0; }
 
-  // How long poll() has nothing to do if no bytes come: microseconds, UINT64_MAX for ever.
+  // How long poll() has nothing to serve if no bytes come: microseconds, UINT64_MAX for ever. A trial ends
+  // with the first poll() after its time, so call that a few times a second in any case.
   uint64_t idle_us();
 
  private:
@@ -57,6 +58,8 @@ class Session {
   void send_stream();
 
   // Each writes the answer's body and sets its type.
+  void serve_next();
+  void announce();
   Status execute(const Request& request, Writer& out, uint8_t* type);
   Status infer(const Request& request, Writer& out);
   // Whether this is the model that runs.

@@ -10,7 +10,15 @@ namespace edge {
 #endif
 
 bool Session::poll() {
-  if (idle_us() > 0) return false;
+  if (idle_us() == 0) serve_next();
+  if (!resetting_ && models_.settle()) {
+    announce();
+    log(kLogWarning, kRolledBack);
+  }
+  return pending();
+}
+
+void Session::serve_next() {
   hal_.watchdog_kick();
   const bool due = stream_.active() && stream_.due_in_us(hal_.clock_us()) == 0;
   // In turn: neither requests nor the stream wait for more than one of the other.
@@ -20,7 +28,6 @@ bool Session::poll() {
   } else {
     run_request();
   }
-  return pending();
 }
 
 void Session::run_request() {
@@ -43,7 +50,7 @@ Status Session::execute(const Request& request, Writer& out, uint8_t* type) {
     case kStatsReq:
       *type = kStats;
       stats_.write(out, hal_.clock_us(), models_.info().arena_used, models_.store().operations(),
-                   hal_.counters());
+                   models_.trial_left_us(), hal_.counters());
       return {};
     default:
       *type = kModelStatus;
@@ -78,7 +85,10 @@ Status Session::infer(const Request& request, Writer& out) {
   const bool good = engine_.invoke(message.inputs, outputs, info.output_bytes);
   const uint64_t computed = hal_.clock_us() - started;
   stats_.ran(computed, good);
-  if (!good) return {Code::kInvoke, engine_.last_error()};
+  if (!good) {
+    models_.failed();
+    return {Code::kInvoke, engine_.last_error()};
+  }
   out.bytes(message.model, kModelTag);
   out.u32(static_cast<uint32_t>(waited));
   out.u32(static_cast<uint32_t>(computed));
@@ -101,16 +111,21 @@ Status Session::model_message(const Request& request, Writer& out) {
       status = models_.abort();
       break;
     case kModelCommit:
-      status = models_.commit(answer_, sizeof answer_);
+      status = models_.commit(answer_, sizeof answer_, (Reader(body).u8() & kCommitTrial) != 0);
+      break;
+    case kModelConfirm:
+    case kModelRollback:
+      status = models_.end_trial(body, request.type == kModelConfirm);
       break;
     default:  // MODEL_QUERY only asks
       break;
   }
   if (!status.ok()) return status;
-  if (request.type == kModelCommit) {
-    answer = models_.store().status_of(static_cast<size_t>(models_.loaded()));
-  } else {
+  const bool decides = request.type == kModelCommit || request.type >= kModelConfirm;
+  if (!decides) {
     answer = models_.store().status();
+  } else if (models_.loaded() >= 0) {
+    answer = models_.store().status_of(static_cast<size_t>(models_.loaded()));
   }
   answer.write(out);
   return {};
@@ -155,6 +170,8 @@ void Session::write_hello(Writer& out) {
     out.u32(info.output_bytes);
     out.u32(info.arena_used);
   }
+  out.u8(static_cast<uint8_t>(store.rollback()));
+  out.u16(kTrialSeconds);
 }
 
 }  // namespace edge

@@ -51,6 +51,7 @@ void Session::sample_stream() {
   Status status = check_model(stream_.model());
   if (status.ok()) status = stream_.sample(hal_, engine_, models_.info(), &stats_);
   if (status.ok()) return send_stream();
+  if (status.code == Code::kInvoke) models_.failed();
   stream_.stop();
   send_error(stream_.id(), status);
 }

@@ -30,6 +30,9 @@ MAX_WAITING = 64 * 1024
 # A command is a short line of JSON; whoever sends more is no client of ours.
 MAX_COMMAND = 4096
 
+# An idle firmware is asked this often whether time has come for something: it has a trial to end.
+TICK_S = 0.5
+
 RESET_POWER_ON = 1
 RESET_PIN = 2
 RESET_SOFTWARE = 3
@@ -44,6 +47,8 @@ class Settings:
     unique_id: int
     samples: bytes = b""
     """What its sensor reads (`TableSource`); empty: a synthetic pattern."""
+    verify: Callable[[bytes, bytes], bool] | None = None
+    """Ed25519: (message, signature)."""
 
 
 class Machine:
@@ -62,6 +67,7 @@ class Machine:
             sample=source.read,
             unique_id=settings.unique_id,
             window=settings.window,
+            verify=settings.verify,
         )
         self._poller = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
@@ -72,6 +78,7 @@ class Machine:
         self._running = True
         self._stalled = False
         self._busy = False  # the firmware has requests queued
+        self._tick_at = 0.0
 
         self._received = bytearray()  # from the line, not yet carried: only with a baud rate
         self._sending = bytearray()
@@ -120,19 +127,25 @@ class Machine:
             self._boot(self._reset_wanted)
         if self._received:
             self._feed_carried()
-        if self._mcu and not self._stalled and (self._busy or self._mcu.idle_s() == 0):
+        if self._mcu and not self._stalled and self._due():
             self._busy = self._mcu.poll()
+            self._tick_at = time.monotonic() + TICK_S
         if self._sending:
             self._flush()
         self._update_interest()
 
-    def _timeout_s(self) -> float | None:
+    def _timeout_s(self) -> float:
         if self._reset_wanted is not None or (self._busy and not self._stalled):
             return 0
         waits = [self._rx_pacer.wait_s(len(self._received)), self._tx_pacer.wait_s(len(self._sending))]
         if self._mcu and not self._stalled:
             waits.append(self._mcu.idle_s())
-        return min((w for w in waits if w is not None), default=None)
+        return min(TICK_S, *(w for w in waits if w is not None))
+
+    def _due(self) -> bool:
+        """Whether the firmware has something to do."""
+        assert self._mcu is not None
+        return self._busy or self._mcu.idle_s() == 0 or time.monotonic() >= self._tick_at
 
     # -- the board ---------------------------------------------------------------------------------------------------
 

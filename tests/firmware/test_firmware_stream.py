@@ -13,7 +13,7 @@ from hil.virtual.engine import EngineError
 
 IMAGE = Image(model())
 NEVER, BELOW, ALWAYS = 0, 1, 2
-SENSOR, INVOKE = 30, 12
+SENSOR, INVOKE = 27, 12
 INTERVAL_US = 10_000
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from board import FakeEngine, Image, MemoryFlash, model
+from fake_mcu import Line, LoopClock, Lossy, soon, virtual_time
 
 from agent.core.errors import LinkError
 from agent.link.calls import RemoteError
@@ -17,7 +18,6 @@ from agent.wire.codes import ErrorCode, SendInputs
 from agent.wire.stream import StreamCredit, StreamStatus
 from agent.wire.update import ModelBegin, ModelChunk, ModelCommit, ModelStatus
 from hil.virtual.library import Hardware, Mcu
-from tests.unit.fake_mcu import Line, LoopClock, Lossy, soon, virtual_time
 
 IMAGE = Image(model())
 TAG = IMAGE.sha256[:8]

@@ -62,7 +62,7 @@ void edge_mcu_destroy(edge_mcu* mcu);
 int edge_mcu_feed(edge_mcu* mcu, const uint8_t* data, size_t size);
 /* Runs one queued request at most, or takes one sample; 1 if requests are queued still. */
 int edge_mcu_poll(edge_mcu* mcu);
-/* Microseconds for which edge_mcu_poll has nothing to do unless bytes come; UINT64_MAX: for ever. */
+/* Microseconds for which edge_mcu_poll has nothing to serve unless bytes come; UINT64_MAX: for ever. */
 uint64_t edge_mcu_idle_us(edge_mcu* mcu);
 
 /* The parts, for tests. */
