@@ -37,7 +37,7 @@ STABLE_S: Final = 10.0
 """A line that lived this long begins its back-off anew; one that flaps does not."""
 PING_TIMEOUT_S: Final = 1.0
 """A healthy MCU answers once its current run is over: 43 ms for keyword spotting on a Cortex-M4."""
-SYNC_PINGS: Final = 8
+SYNC_PINGS: Final = 16
 """At the beginning, one after the other: the quickest of them bounds the clock's offset."""
 PING_FAILURES: Final = 2
 """Unanswered PINGs in a row that mean the board is gone: one may fall to line noise."""
