@@ -140,7 +140,7 @@ class Machine:
         waits = [self._rx_pacer.wait_s(len(self._received)), self._tx_pacer.wait_s(len(self._sending))]
         if self._mcu and not self._stalled:
             waits.append(self._mcu.idle_s())
-        return min(TICK_S, *(w for w in waits if w is not None))
+        return min([TICK_S, *(wait for wait in waits if wait is not None)])
 
     def _due(self) -> bool:
         """Whether the firmware has something to do."""
