@@ -16,10 +16,12 @@ from agent.config import Config
 from agent.config_load import load_config
 from agent.core.clock import Clock, SystemClock
 from agent.core.errors import ConfigError, InferenceError, LinkError
+from agent.core.streamed import Streamed
 from agent.core.types import InferenceRequest, InferenceResult
 from agent.ingress.http import create_app
 from agent.ingress.http_server import HttpServer
 from agent.ingress.mqtt import MqttDoor
+from agent.ingress.streams import StreamDoor
 from agent.pipeline import Pipeline
 from agent.registry.catalog import Catalog, load_catalog
 from agent.registry.locate import catalog_path
@@ -42,8 +44,11 @@ STALL_S = 10.0
 """A supervised task that has not gone round its loop for this long keeps the watchdog from being fed."""
 
 
-def build_targets(config: Config, catalog: Catalog, clock: Clock) -> list[Target]:
-    """Every configured tier. A new tier is one file in `targets/` and one line here.
+def build_targets(
+    config: Config, catalog: Catalog, clock: Clock, deliver: Callable[[Streamed], None] = lambda sample: None
+) -> list[Target]:
+    """Every configured tier. A new tier is one file in `targets/` and one line here. `deliver` gets what boards sample
+    themselves. Raises `ConfigError` for a stream of a model that is not in the catalogue.
 
     Imports happen here because a tier that is not configured need not take memory.
     """
@@ -52,7 +57,11 @@ def build_targets(config: Config, catalog: Catalog, clock: Clock) -> list[Target
     if config.edge_mcu.enabled and config.edge_mcu.ports:
         from agent.targets.mcu import McuTarget
 
-        targets.append(McuTarget(config.edge_mcu, catalog, clock, max_bytes=sizes.edge_mcu * 1e6))
+        unknown = [stream for stream in config.edge_mcu.streams if stream.model not in catalog.families]
+        if unknown:
+            raise ConfigError([f"edge_mcu.streams: {stream.name}: no model {stream.model!r}" for stream in unknown])
+        mcu_bytes = sizes.edge_mcu * 1e6
+        targets.append(McuTarget(config.edge_mcu, catalog, clock, max_bytes=mcu_bytes, deliver=deliver))
     if config.edge_gpu.enabled:
         from agent.targets.gateway import GatewayTarget
 
@@ -75,7 +84,7 @@ class App:
         self.metrics = Metrics()
         self.supervisor = Supervisor(clock)
         self.load = LoadSampler()
-        self.targets = build_targets(config, catalog, clock)
+        self.targets = build_targets(config, catalog, clock, lambda sample: self.streams.take(sample))
         self.router = Router(self.targets, config.routing, clock)
         self.cache = ResultCache(config.fallback, config.gateway.state_dir / "cache.sqlite", catalog, clock)
         self.pipeline = Pipeline(catalog, self.router, self.cache, self.metrics, clock, config.routing)
@@ -83,6 +92,8 @@ class App:
         self.admission = Admission(catalog, config.routing, clock, slowest_ms / 1e3)
         self.http = HttpServer(create_app(self, self.metrics, config.http, self.recent), config.http)
         self.mqtt = self._mqtt_door() if config.mqtt.enabled else None
+        publish = self.mqtt.publish_result if self.mqtt else lambda name, document: None
+        self.streams = StreamDoor(self, config.edge_mcu.streams, publish, self.pipeline.observed, clock)
         self.metrics.watch(self.status)
         self._lag_s = 0.0
         self._stopping = asyncio.Event()
@@ -127,6 +138,7 @@ class App:
             "doors": {
                 "http": self.http.status() if self._config.http.enabled else None,
                 "mqtt": self.mqtt.status() if self.mqtt else None,
+                "streams": self.streams.status(),
             },
             "components": [*self.supervisor.status(), *self._parts(), *_target_components(targets)],
             "load": {**self.load.latest, "loop_lag_ms": round(self._lag_s * 1e3, 3)},
@@ -182,6 +194,7 @@ class App:
         if not await self.pipeline.drained(drain_s):
             log.warning("stopped with requests in flight", extra={"in_flight": self.pipeline.in_flight})
         await closed
+        await self.streams.stop(drain_s)
         if self.mqtt:
             await self.mqtt.stop()
         await self.supervisor.stop()

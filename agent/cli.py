@@ -83,10 +83,12 @@ def _check(args: argparse.Namespace) -> int:
 
     config = load_config(args.config)
     catalog = load_catalog(catalog_path(config.models.catalog))
+    named = {f"sensors.{topic}": sensor.model for topic, sensor in config.sensors.items()}
+    named |= {f"edge_mcu.streams.{index}": stream.model for index, stream in enumerate(config.edge_mcu.streams)}
     unknown = [
-        f"{args.config}: sensors.{topic}.model: must be one of {sorted(catalog.families)}, found {sensor.model!r}"
-        for topic, sensor in config.sensors.items()
-        if sensor.model not in catalog.families
+        f"{args.config}: {at}.model: must be one of {sorted(catalog.families)}, found {model!r}"
+        for at, model in named.items()
+        if model not in catalog.families
     ]
     if unknown:
         raise ConfigError(unknown)

@@ -29,6 +29,8 @@ OPEN_TIMEOUT_S: Final = 8.0
 ANSWER_TIMEOUT_S: Final = 5.0
 """A person waits; a line at 9,600 baud takes 2.3 s for the longest PING and its PONG."""
 RESET_TIMEOUT_S: Final = 15.0
+SYNC_PINGS: Final = 8
+"""As many exchanges: the quickest bounds the clock's offset."""
 
 
 class _LateParser(argparse.ArgumentParser):
@@ -85,6 +87,12 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     bench.add_argument("--rounds", type=_positive, default=500, metavar="N", help="of each measurement (default 500)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
 
+    stream = actions.add_parser("stream", parents=[line], help="what the board samples itself, line by line")
+    stream.add_argument("--seconds", type=_positive, default=10, metavar="N", help="how long (default 10)")
+    stream.add_argument("--interval-ms", type=_positive, default=100, metavar="N", help="between samples (default 100)")
+    stream.add_argument("--source", type=_not_negative, default=0, metavar="N", help="which sensor (default 0)")
+    stream.add_argument("--send-inputs", choices=("never", "always"), default="never", help="default never")
+
     actions.add_parser("reset", parents=[line], help="restart the board and wait until it is back")
     actions.add_parser("virtual", module="hil.virtual", help="run a microcontroller on a pseudo-terminal")
 
@@ -103,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _on_line(args: argparse.Namespace) -> int:
-    from agent import cli_mcu_bench, cli_mcu_push
+    from agent import cli_mcu_bench, cli_mcu_push, cli_mcu_stream
     from agent.link.serial import open_serial
     from agent.link.session import Session
     from agent.wire.codes import name_of
@@ -115,6 +123,7 @@ async def _on_line(args: argparse.Namespace) -> int:
         "reset": _reset,
         "push": cli_mcu_push.push,
         "bench": cli_mcu_bench.bench,
+        "stream": cli_mcu_stream.stream,
     }
 
     def show(line: Log) -> None:
@@ -147,8 +156,13 @@ async def _info(session: Session, args: argparse.Namespace, clock: Clock) -> Non
 
     hello = session.hello
     left_s = await _trial_left_s(session, clock) if hello.trial is not None else 0.0
+    for _ in range(SYNC_PINGS):
+        await session.ping(b"", clock.monotonic() + ANSWER_TIMEOUT_S)
+    clocks = session.clock_sync.estimate(clock.monotonic())
+    assert clocks is not None
     if args.json:
-        print(json.dumps(_as_json(hello) | {"trial_left_s": left_s}, indent=2))
+        about = {"offset_s": round(clocks.offset_s, 6), "error_s": round(clocks.bound_s, 6)}
+        print(json.dumps(_as_json(hello) | {"trial_left_s": left_s, "clock": about}, indent=2))
         return
 
     print(f"board         {hello.board}, unique id {hello.uid:016x}")
@@ -157,6 +171,9 @@ async def _info(session: Session, args: argparse.Namespace, clock: Clock) -> Non
     print(f"last reset    {name_of(hello.reset_cause).lower().replace('_', ' ')}, boot {hello.boot_id:016x}")
     able = [bit.name.lower().replace("_", " ") for bit in Capability if bit in hello.capabilities and bit.name]
     print(f"capabilities  {', '.join(able) or 'none'}")
+    print(
+        f"clock         {clocks.offset_s:+.6f} s to this machine's monotonic one, within {clocks.bound_s * 1e6:.0f} us"
+    )
     print(f"memory        arena {hello.arena}, slots of {hello.slot_size} bytes")
     print(f"line          frames of {hello.max_frame}, messages of {hello.max_message} bytes, window {hello.window}")
     for slot in hello.slots:

@@ -24,6 +24,7 @@ from agent.config.routing import (
     ParameterThresholds,
     RoutingSection,
 )
+from agent.config.streams import StreamSection
 from agent.config.tiers import CloudSection, GpuSection, LaneSection, McuSection
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "RoutingSection",
     "Section",
     "SensorSection",
+    "StreamSection",
     "Substituted",
     "Topic",
     "check_broker_url",
@@ -139,4 +141,6 @@ class Config(Section):
             raise ValueError("no door is open: enable http or mqtt")
         if self.sensors and not self.mqtt.enabled:
             raise ValueError("sensors need mqtt.enabled: true")
+        if self.edge_mcu.streams and not self.mqtt.enabled:
+            raise ValueError("edge_mcu.streams need mqtt.enabled: true")
         return self

@@ -74,6 +74,8 @@ class InferenceRequest:
     """Cloud regions that may see the inputs. Empty: any."""
     use_cache: bool = True
     """Whether a fresh cached answer to the same input will do. A stale one is always better than none."""
+    avoid: frozenset[Tier] = frozenset()
+    """Tiers that are not asked: they gave the answer that this request is to improve on."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """What is odd about the inputs, in words; they head the reasons of the answer."""
@@ -121,7 +123,7 @@ class InferenceResult(NamedTuple):
     """One answer, and everything a caller needs to decide how far to trust it.
 
     `tier` is where it was computed, or `fallback` when it is a stale cache entry; `origin_tier` is where it was
-    computed in either case. `age_s` is 0 unless `cached`.
+    computed in either case. `age_s` is 0 unless `cached`, or streamed by a board: then it is the age of the sample.
     """
 
     request_id: str

@@ -244,6 +244,10 @@ class MqttDoor:
         else:
             self._send(back, result.to_dict(), "ok")
 
+    def publish_result(self, name: str, document: Mapping[str, Any]) -> None:
+        """An answer that no message asked for: what a board sampled itself."""
+        self._send(_Return(f"{self._prefix}/results/{name}", 1), dict(document), "ok")
+
     def _overloaded(self, back: _Return, message: str) -> None:
         self.counters.overloaded += 1
         self._metrics.malformed(DOOR, Overloaded.code)

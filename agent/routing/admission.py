@@ -156,6 +156,10 @@ class Admission:
             notes=_notes(inputs, family),
         )
 
+    def deadline_s(self, latency_class: LatencyClass) -> float:
+        """How long a request of this class has that names no deadline of its own."""
+        return self._deadlines_s[latency_class]
+
     def _deadline(self, options: Mapping[str, Any]) -> tuple[LatencyClass, float]:
         """Class and seconds: an explicit deadline sets the class, unless both are given."""
         deadline_ms = _milliseconds(options, "deadline_ms")

@@ -122,7 +122,8 @@ class Router:
         variants: dict[str, Variant] = {}
         candidates = []
         for name, state in self._states.items():
-            variant = state.target.variant_for(family, request.variant)
+            avoided = state.traits.tier in request.avoid
+            variant = None if avoided else state.target.variant_for(family, request.variant)
             if variant is not None:
                 variants[name] = variant
             candidates.append(self._candidate(state, variant, now))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +16,7 @@ from agent.link.calls import RemoteError
 from agent.link.session import Session
 from agent.link.transport import Transport
 from agent.registry.catalog import Catalog, Variant
+from agent.targets.mcu_stream import StreamKeeper
 from agent.targets.mcu_trial import settle_trial
 from agent.wire.codes import Capability, LogLevel, Rollback, SlotState, name_of
 from agent.wire.messages import Hello, Log
@@ -36,6 +37,8 @@ STABLE_S: Final = 10.0
 """A line that lived this long begins its back-off anew; one that flaps does not."""
 PING_TIMEOUT_S: Final = 1.0
 """A healthy MCU answers once its current run is over: 43 ms for keyword spotting on a Cortex-M4."""
+SYNC_PINGS: Final = 16
+"""At the beginning, one after the other: the quickest of them bounds the clock's offset."""
 PING_FAILURES: Final = 2
 """Unanswered PINGs in a row that mean the board is gone: one may fall to line noise."""
 LOG_LEVELS: Final[Mapping[int, int]] = {
@@ -71,6 +74,7 @@ class Board:
         health_check_interval: float,
         signed_only: bool = False,
         random: Callable[[], float],
+        streams: Sequence[StreamKeeper] = (),
     ) -> None:
         self.port = port
         self.in_flight = 0
@@ -80,6 +84,8 @@ class Board:
         self._catalog = catalog
         self._clock = clock
         self._connect = connect
+        self._streams = tuple(streams)
+        self._streaming: StreamKeeper | None = None
         self._max_concurrent = max_concurrent
         self._health_check_interval = health_check_interval
         self._signed_only = signed_only
@@ -93,7 +99,6 @@ class Board:
         """The line was opened, so that its end is a loss."""
         self._task: asyncio.Task[None] | None = None
         self._round_trip_s: float | None = None
-        self._clock_offset_s: float | None = None
         self._mcu_counters: Mapping[str, int] = {}
         self._refreshing: asyncio.Task[None] | None = None
         self._settling: asyncio.Task[None] | None = None
@@ -165,9 +170,22 @@ class Board:
             "in_trial": hello is not None and hello.trial is not None,
             "rollback": name_of(hello.rollback).lower() if hello is not None and hello.rollback else None,
             "round_trip_ms": None if self._round_trip_s is None else round(self._round_trip_s * 1e3, 3),
-            "clock_offset_ms": None if self._clock_offset_s is None else round(self._clock_offset_s * 1e3, 3),
+            **self._clock_status(),
+            "stream": self._streaming.status() if self._streaming is not None else None,
             "counters": session.status() if session is not None else {},
             "mcu_counters": dict(self._mcu_counters),
+        }
+
+    def _clock_status(self) -> dict[str, Any]:
+        """The board's clock less the gateway's monotonic one, how wrong that may be, and how fast it changes."""
+        sync = self._session.clock_sync if self._session is not None else None
+        known = sync.estimate(self._clock.monotonic()) if sync is not None else None
+        if sync is None or known is None:
+            return {"clock_offset_s": None, "clock_error_ms": None, "clock_drift_ppm": None}
+        return {
+            "clock_offset_s": round(known.offset_s, 6),
+            "clock_error_ms": round(known.bound_s * 1e3, 3),
+            "clock_drift_ppm": round(sync.drift * 1e6, 1),
         }
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -220,36 +238,50 @@ class Board:
             self._connected = True
             self._enter(BoardState.CONNECTED, "")
             self._adopt(session.hello)
-            return await self._watch(session)
+            return await self._served(session)
         finally:
             self._session = self._hello = self._variant = None
-            self._round_trip_s = self._clock_offset_s = None
+            self._round_trip_s = None
             self._mcu_counters = {}
             session.close()
 
+    async def _served(self, session: Session) -> LinkError:
+        """Watched, and streaming if a stream is configured for this board, until the line is lost."""
+        wanted = (keeper for keeper in self._streams if keeper.wants(self.port, session.hello))
+        self._streaming = next(wanted, None)
+        task = None
+        if self._streaming is not None:
+            running = self._streaming.run(session, lambda: self.variant, lambda: self.provider)
+            task = asyncio.create_task(running, name=f"stream {self._streaming.section.name}")
+        try:
+            return await self._watch(session)
+        finally:
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
+
     async def _watch(self, session: Session) -> LinkError:
-        """Until the line is lost; PINGs while it is idle."""
+        """Until the line is lost. A PING that is not answered counts only if nothing else came either."""
         lost = asyncio.create_task(session.wait_lost())
-        failures = 0 if await self._healthy(session) else 1
+        failures = 0 if await self._healthy(session, SYNC_PINGS) else 1
         try:
             while True:
                 done, _ = await asyncio.wait([lost], timeout=self._health_check_interval)
                 if done:
                     return lost.result()
-                idle_s = self._clock.monotonic() - session.last_received
-                if idle_s < self._health_check_interval:
-                    failures = 0
-                    continue
-                failures = 0 if await self._healthy(session) else failures + 1
+                asked = self._clock.monotonic()
+                healthy = await self._healthy(session)
+                failures = 0 if healthy or session.last_received >= asked else failures + 1
                 if failures >= PING_FAILURES:
                     return LinkError(f"{self.port}: no answer to {failures} PINGs")
         finally:
             lost.cancel()
 
-    async def _healthy(self, session: Session) -> bool:
+    async def _healthy(self, session: Session, pings: int = 1) -> bool:
         try:
-            pinged = await session.ping(b"", self._clock.monotonic() + PING_TIMEOUT_S)
-            self._round_trip_s, self._clock_offset_s = pinged.round_trip_s, pinged.offset_s
+            for _ in range(pings):
+                pinged = await session.ping(b"", self._clock.monotonic() + PING_TIMEOUT_S)
+                self._round_trip_s = pinged.round_trip_s
             self._mcu_counters = (await session.stats(self._clock.monotonic() + PING_TIMEOUT_S)).by_name()
         except (TimeoutError, EdgeAgentError) as error:
             log.warning("board did not answer a health check", extra=self._about(str(error)))

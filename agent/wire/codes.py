@@ -45,12 +45,17 @@ class MessageType(IntEnum):
     MODEL_CONFIRM = 0x15
     MODEL_ROLLBACK = 0x16
     STATS_REQ = 0x20
+    STREAM_START = 0x30
+    STREAM_CREDIT = 0x31
+    STREAM_STOP = 0x32
     HELLO = 0x81
     PONG = 0x82
     RESULT = 0x83
     MODEL_STATUS = 0x90
     STATS = 0xA0
     LOG = 0xA1
+    STREAM_STATUS = 0xB0
+    STREAM_RESULT = 0xB1
     ERROR = 0xFF
 
 
@@ -83,6 +88,7 @@ class ErrorCode(IntEnum):
     INTERNAL = 24
     BOARD = 25
     IN_TRIAL = 26
+    SENSOR = 27
 
 
 class SlotState(IntEnum):
@@ -148,6 +154,15 @@ class SignatureKind(IntEnum):
     ED25519 = 1
 
 
+class SendInputs(IntEnum):
+    """Which results of a stream carry the inputs they were computed from."""
+
+    NEVER = 0
+    BELOW = 1
+    """The threshold: those that the board is not sure of."""
+    ALWAYS = 2
+
+
 class LogLevel(IntEnum):
     DEBUG = 0
     INFO = 1
@@ -177,3 +192,5 @@ class StatId(IntEnum):
     FLASH_OPERATIONS = 17
     QUEUE_HIGH_WATER = 18
     TRIAL_LEFT_US = 19
+    STREAM_RESULTS = 23
+    STREAM_SKIPPED = 24

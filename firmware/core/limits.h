@@ -34,8 +34,22 @@ constexpr size_t kMaxMessage = EDGE_MAX_MESSAGE;
 #endif
 constexpr size_t kMaxWindow = EDGE_MAX_WINDOW;
 
-// An answer up to this size is kept for a RETRY. A class score vector fits; a picture is computed again.
-constexpr size_t kStoredAnswer = 256;
+// An answer up to this size is kept for a RETRY. A class score vector fits, and so does every answer to a
+// request that changes something; a picture is computed again.
+#ifndef EDGE_STORED_ANSWER
+#define EDGE_STORED_ANSWER 256
+#endif
+constexpr size_t kStoredAnswer = EDGE_STORED_ANSWER;
+
+// The sample of a stream with its outputs, from the moment it is taken until there is credit to send it.
+#ifndef EDGE_MAX_SAMPLE
+#define EDGE_MAX_SAMPLE EDGE_MAX_MESSAGE
+#endif
+constexpr size_t kMaxSample = EDGE_MAX_SAMPLE;
+static_assert(kMaxSample <= kMaxMessage && kMaxSample <= UINT16_MAX, "a sample travels as one message");
+
+// Between two samples of a stream: one hour, whose microseconds fit 32 bits.
+constexpr uint32_t kMaxIntervalMs = 3'600'000;
 
 // Images in flash: one runs, one is received.
 constexpr size_t kSlots = 2;

@@ -26,6 +26,17 @@ bool Fragment::parse(Span payload) {
   return in.ok();
 }
 
+bool StreamStart::parse(Span body) {
+  Reader in(body);
+  source = in.u8();
+  send_inputs = static_cast<SendInputs>(in.u8());
+  threshold = static_cast<int8_t>(in.u8());
+  interval_ms = in.u32();
+  credits = in.u32();
+  model = in.take(kModelTag).data;
+  return in.ok() && send_inputs <= SendInputs::kAlways && interval_ms > 0 && interval_ms <= kMaxIntervalMs;
+}
+
 bool ModelChunk::parse(Span body) {
   Reader in(body);
   offset = in.u32();
@@ -95,7 +106,7 @@ void Stats::write(Writer& out, uint64_t uptime_us, uint64_t arena_used, uint64_t
       {5, bad_frames},     {6, oversize},          {7, inferences},        {8, inferences_failed},
       {9, busy},           {10, expired},          {11, compute_us},       {13, arena_used},
       {15, lost_frames},   {16, answers_repeated}, {17, flash_operations}, {18, queue_high_water},
-      {19, trial_left_us},
+      {19, trial_left_us}, {23, stream_results},   {24, stream_skipped},
   };
   const Item counted[] = {{12, hal != nullptr ? hal->stack_high_water : 0},
                           {14, hal != nullptr ? hal->uart_overruns : 0}};

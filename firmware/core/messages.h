@@ -29,12 +29,17 @@ enum Type : uint8_t {
   kModelConfirm = 0x15,
   kModelRollback = 0x16,
   kStatsReq = 0x20,
+  kStreamStart = 0x30,
+  kStreamCredit = 0x31,
+  kStreamStop = 0x32,
   kHello = 0x81,
   kPong = 0x82,
   kResult = 0x83,
   kModelStatus = 0x90,
   kStats = 0xA0,
   kLog = 0xA1,
+  kStreamStatus = 0xB0,
+  kStreamResult = 0xB1,
   kError = 0xFF,
 };
 
@@ -66,6 +71,7 @@ enum class Code : uint16_t {
   kInternal = 24,
   kBoard = 25,
   kInTrial = 26,
+  kSensor = 27,
 };
 
 // What went wrong, and one line for people. `text` is a literal or outlives the answer.
@@ -80,6 +86,7 @@ constexpr uint8_t kLogError = 3;
 
 constexpr uint32_t kCapEngine = 1;
 constexpr uint32_t kCapVerifies = 2;
+constexpr uint32_t kCapStreams = 4;
 constexpr uint32_t kCapKeepsModels = 8;
 
 constexpr size_t kModelTag = 8;       // first bytes of the model's SHA-256
@@ -87,7 +94,9 @@ constexpr size_t kFragmentHead = 8;   // total and offset
 constexpr size_t kPongHead = 16;      // t_rx and t_tx
 constexpr size_t kResultHead = 16;    // model, queue_us, compute_us
 constexpr size_t kChunkHead = 4;      // offset
+constexpr size_t kStreamHead = 22;    // seq, skipped, time_us, compute_us, output_bytes
 constexpr size_t kStatusBitmap = 32;  // bytes
+constexpr size_t kModelStatusSize = 16 + kStatusBitmap + kSha256Size;
 constexpr size_t kBoardClass = 16;    // bytes of a board's name in a manifest
 constexpr size_t kOperatorBits = 16;  // bytes: one bit for each builtin operator code below 128
 constexpr size_t kManifestHead = 85;  // MODEL_BEGIN from format through image_sha256
@@ -130,6 +139,18 @@ struct Fragment {
 struct ModelChunk {
   uint32_t offset = 0;
   Span data;
+  bool parse(Span body);
+};
+
+enum class SendInputs : uint8_t { kNever = 0, kBelow = 1, kAlways = 2 };
+
+struct StreamStart {
+  uint8_t source = 0;
+  SendInputs send_inputs = SendInputs::kNever;
+  int8_t threshold = 0;
+  uint32_t interval_ms = 0;
+  uint32_t credits = 0;
+  const uint8_t* model = nullptr;  // kModelTag bytes
   bool parse(Span body);
 };
 
@@ -191,6 +212,14 @@ struct Stats {
   uint64_t lost_frames = 0;
   uint64_t answers_repeated = 0;
   uint64_t queue_high_water = 0;
+  uint64_t stream_results = 0;
+  uint64_t stream_skipped = 0;
+
+  void ran(uint64_t us, bool good) {
+    compute_us += us;
+    ++inferences;
+    if (!good) ++inferences_failed;
+  }
   // `hal` may be null: the board does not count.
   void write(Writer& out, uint64_t uptime_us, uint64_t arena_used, uint64_t flash_operations,
              uint64_t trial_left_us, const HalCounters* hal) const;

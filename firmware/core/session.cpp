@@ -20,6 +20,9 @@ bool is_request(uint8_t type) {
     case kModelConfirm:
     case kModelRollback:
     case kStatsReq:
+    case kStreamStart:
+    case kStreamCredit:
+    case kStreamStop:
       return true;
     default:
       return false;
@@ -144,6 +147,11 @@ bool Session::answer_at_once(const FrameHeader& header, Span body) {
       return true;
     case kCancel:
       on_cancel(header.id);
+      return true;
+    case kStreamStart:
+    case kStreamCredit:
+    case kStreamStop:
+      on_stream(header, body);
       return true;
     case kReset:
       resetting_ = true;

@@ -10,7 +10,7 @@ namespace edge {
 #endif
 
 bool Session::poll() {
-  if (pending()) serve_next();
+  if (idle_us() == 0) serve_next();
   if (!resetting_ && models_.settle()) {
     announce();
     log(kLogWarning, kRolledBack);
@@ -20,6 +20,17 @@ bool Session::poll() {
 
 void Session::serve_next() {
   hal_.watchdog_kick();
+  const bool due = stream_.active() && stream_.due_in_us(hal_.clock_us()) == 0;
+  // In turn: neither requests nor the stream wait for more than one of the other.
+  sampled_last_ = due && (queue_.size() == 0 || !sampled_last_);
+  if (sampled_last_) {
+    sample_stream();
+  } else {
+    run_request();
+  }
+}
+
+void Session::run_request() {
   const Request request = queue_.pop();
   Writer out(answer_, sizeof answer_);
   uint8_t type = kError;
@@ -47,13 +58,19 @@ Status Session::execute(const Request& request, Writer& out, uint8_t* type) {
   }
 }
 
-Status Session::infer(const Request& request, Writer& out) {
-  Infer message;
-  if (!message.parse({request.body, request.size})) return {Code::kBadLength, ""};
+Status Session::check_model(const uint8_t* tag) {
   if (!models_.has_engine()) return {Code::kNoEngine, ""};
   if (models_.loaded() < 0) return {Code::kNoModel, ""};
   const Manifest& manifest = models_.store().slot(static_cast<size_t>(models_.loaded())).manifest;
-  if (memcmp(manifest.model_sha256, message.model, kModelTag) != 0) return {Code::kModelMismatch, ""};
+  if (memcmp(manifest.model_sha256, tag, kModelTag) != 0) return {Code::kModelMismatch, ""};
+  return {};
+}
+
+Status Session::infer(const Request& request, Writer& out) {
+  Infer message;
+  if (!message.parse({request.body, request.size})) return {Code::kBadLength, ""};
+  const Status usable = check_model(message.model);
+  if (!usable.ok()) return usable;
   const ModelInfo& info = models_.info();
   if (message.inputs.size != info.input_bytes) return {Code::kBadLength, "inputs"};
 
@@ -67,10 +84,8 @@ Status Session::infer(const Request& request, Writer& out) {
   uint8_t* outputs = answer_ + kResultHead;
   const bool good = engine_.invoke(message.inputs, outputs, info.output_bytes);
   const uint64_t computed = hal_.clock_us() - started;
-  stats_.compute_us += computed;
-  ++stats_.inferences;
+  stats_.ran(computed, good);
   if (!good) {
-    ++stats_.inferences_failed;
     models_.failed();
     return {Code::kInvoke, engine_.last_error()};
   }
@@ -122,6 +137,7 @@ void Session::write_hello(Writer& out) {
   uint32_t capabilities = keeps ? kCapKeepsModels : 0;
   if (models_.has_engine()) capabilities |= kCapEngine;
   if (models_.verifies()) capabilities |= kCapVerifies;
+  if (hal_.sources() > 0) capabilities |= kCapStreams;
   const Span operators = engine_.operators();
 
   out.u8(kProtocolMajor);

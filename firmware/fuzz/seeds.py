@@ -25,7 +25,9 @@ def update(image, chunk, last=None):
     for at in range(0, len(image), chunk):
         steps += step(TYPES["MODEL_CHUNK"], struct.pack("<I", at) + image[at : at + chunk], 3) + run
     steps += step(TYPES["MODEL_COMMIT"], b"\1" if last else b"", 4) + run
-    steps += step(TYPES["INFER"], digest[:8] + bytes(4) + bytes(64), 5) + run
+    stream = struct.pack("<BBbII", 0, 1, 20, 2, 3) + digest[:8]
+    steps += step(TYPES["STREAM_START"], stream, 8) + 30 * run + step(TYPES["STREAM_CREDIT"], struct.pack("<I", 9), 9)
+    steps += step(TYPES["INFER"], digest[:8] + bytes(4) + bytes(64), 5) + 30 * run
     return steps + (step(TYPES[last], digest[:8], 6) + run if last else b"") + bytes([255])
 
 

@@ -46,6 +46,7 @@ async def _run(rig: Rig, strategy: Strategy, check: Check) -> Outcome:
         async with asyncio.timeout(LIMIT_S + rig.soak_s):
             if check.needs_board:
                 state = State.BOOTED if check.model is None else State.MODEL_LOADED
+                state = State.STREAMING if check.streams else state
                 await strategy.to(state, check.model or "")
             began = time.monotonic()
             await check.run(rig, findings)

@@ -47,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arena", type=_positive, default=DEFAULT_ARENA, metavar="BYTES", help="bytes of tensor arena")
     parser.add_argument("--control", type=Path, metavar="SOCKET", help="Unix socket for reset, unplug, noise, ...")
     parser.add_argument(
+        "--samples",
+        type=Path,
+        metavar="FILE",
+        help="what its sensor reads: rows of the model's input bytes (hil.samples)",
+    )
+    parser.add_argument(
         "--public-key",
         metavar="FILE|HEX",
         help="Ed25519 key: the board takes models signed with it only (those of --model excepted)",
@@ -84,6 +90,7 @@ def main(args: argparse.Namespace) -> int:
                 window=args.window,
                 # Stable over restarts, and different for every flash file.
                 unique_id=zlib.crc32(str(args.flash.resolve()).encode()),
+                samples=args.samples.read_bytes() if args.samples else b"",
                 verify=key.verify if key is not None else None,
             )
             machine = Machine(settings, flash, engine)

@@ -18,6 +18,7 @@ from .engine import Engine
 from .flash import FileFlash
 from .library import Hardware, Mcu
 from .port import Noise, Pacer, Port
+from .senses import BoardClock, SyntheticSource, TableSource
 
 # One read takes what a pseudo-terminal holds.
 READ_SIZE = 4096
@@ -44,6 +45,8 @@ class Settings:
     baud: int | None
     window: int
     unique_id: int
+    samples: bytes = b""
+    """What its sensor reads (`TableSource`); empty: a synthetic pattern."""
     verify: Callable[[bytes, bytes], bool] | None = None
     """Ed25519: (message, signature)."""
 
@@ -53,11 +56,15 @@ class Machine:
 
     def __init__(self, settings: Settings, flash: FileFlash, engine: Engine) -> None:
         self._settings = settings
+        self._clock = BoardClock()
+        source = TableSource(settings.samples) if settings.samples else SyntheticSource()
         self._hardware = Hardware(
             flash=flash,
             engine=engine,
             uart_write=self._uart_write,
             request_reset=self._request_reset,
+            clock_us=self._clock.now_us,
+            sample=source.read,
             unique_id=settings.unique_id,
             window=settings.window,
             verify=settings.verify,
@@ -120,7 +127,7 @@ class Machine:
             self._boot(self._reset_wanted)
         if self._received:
             self._feed_carried()
-        if self._mcu and not self._stalled and (self._busy or time.monotonic() >= self._tick_at):
+        if self._mcu and not self._stalled and self._due():
             self._busy = self._mcu.poll()
             self._tick_at = time.monotonic() + TICK_S
         if self._sending:
@@ -130,8 +137,15 @@ class Machine:
     def _timeout_s(self) -> float:
         if self._reset_wanted is not None or (self._busy and not self._stalled):
             return 0
-        waits = (self._rx_pacer.wait_s(len(self._received)), self._tx_pacer.wait_s(len(self._sending)))
-        return min((w for w in waits if w is not None), default=TICK_S)
+        waits = [self._rx_pacer.wait_s(len(self._received)), self._tx_pacer.wait_s(len(self._sending))]
+        if self._mcu and not self._stalled:
+            waits.append(self._mcu.idle_s())
+        return min([TICK_S, *(wait for wait in waits if wait is not None)])
+
+    def _due(self) -> bool:
+        """Whether the firmware has something to do."""
+        assert self._mcu is not None
+        return self._busy or self._mcu.idle_s() == 0 or time.monotonic() >= self._tick_at
 
     # -- the board ---------------------------------------------------------------------------------------------------
 
@@ -142,6 +156,7 @@ class Machine:
         self._busy = False
         self._reset_wanted = None
         self._counts["boots"] += 1
+        self._clock.restart()
         self._mcu = Mcu(self._hardware, cause)
 
     def _request_reset(self) -> None:
@@ -249,6 +264,8 @@ class Machine:
                 self._stalled = True
             case "resume":
                 self._stalled = False
+            case "clock":
+                return self._clock.command(request)
             case "stats":
                 return {
                     **self._counts,

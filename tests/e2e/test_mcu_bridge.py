@@ -348,6 +348,9 @@ def test_the_command_line(port: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert cli.main(["mcu", "bench", "--rounds", "20", "--json", str(tmp_path / "bench.json"), *line]) == 0
     names = [row["name"] for row in json.loads((tmp_path / "bench.json").read_text())["measurements"]]
     assert "infer" in names
+    assert cli.main(["mcu", "stream", "--seconds", "1", "--interval-ms", "50", *line]) == 0
+    said = capsys.readouterr().out
+    assert "results in 1." in said and "0 lost on the line" in said
     assert cli.main(["mcu", "reset", *line]) == 0
 
 

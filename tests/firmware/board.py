@@ -143,6 +143,7 @@ class FakeEngine:
         self.loaded = b""
         self.load_error: EngineError | None = None
         self.invoke_error: EngineError | None = None
+        self.on_invoke: Callable[[], None] = lambda: None
 
     def load(self, model: bytes) -> ModelInfo:
         if self.load_error:
@@ -155,6 +156,7 @@ class FakeEngine:
 
     def invoke(self, inputs: bytes, outputs: memoryview) -> None:
         self.runs += 1
+        self.on_invoke()
         if self.invoke_error:
             raise self.invoke_error
         outputs[:] = self.answer(inputs, len(outputs))
@@ -174,6 +176,7 @@ class Board:
         window: int = 4,
         verify: Callable[[bytes, bytes], bool] | None = None,
         with_engine: bool = True,
+        sample: Callable[[int, int], bytes | None] | None = None,
     ) -> None:
         self.flash = flash or MemoryFlash()
         self.engine = engine or FakeEngine()
@@ -188,6 +191,7 @@ class Board:
             request_reset=self._count_reset,
             clock_us=lambda: self.now_us,
             verify=verify,
+            sample=sample,
             unique_id=0x1234,
             window=window,
         )

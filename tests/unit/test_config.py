@@ -54,6 +54,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_concurrent": 4,
         "health_check_interval": 5,
         "require_signed_updates": False,
+        "streams": (),
     },
     "edge_gpu": {
         "enabled": True,

@@ -42,6 +42,7 @@ NO_IO = (
     "agent.routing.breaker",
     "agent.routing.estimate",
     "agent.link.backoff",
+    "agent.link.timesync",
     "agent.registry.tensors",
     "agent.core.types",
     "agent.core.errors",

@@ -4,6 +4,7 @@ Time is a clock moved by the targets, except where a target hangs: what cuts tha
 """
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from agent.core.clock import ManualClock, SystemClock
 from agent.core.errors import TargetBusy, TargetFailed, TargetUnavailable
 from agent.core.types import InferenceRequest, LatencyClass, TargetAnswer, Tier
 from agent.registry.catalog import Family, Variant
-from agent.routing.router import GRACE_S, MARGIN_S, RESERVE_FACTOR, RESERVE_SHARE, Router
+from agent.routing.router import GRACE_S, MARGIN_S, RESERVE_FACTOR, RESERVE_SHARE, NoAnswer, Router
 
 SETTINGS = RoutingSection()
 
@@ -266,3 +267,15 @@ async def test_status_tells_what_routing_knows(
     assert status["edge_gpu"]["breaker"] == {"state": "closed", "failures": 0, "retry_in_s": 0.0}
     assert status["edge_gpu"]["detail"] == {"asked": 1}
     assert router.available()
+
+
+async def test_a_tier_that_gave_the_answer_to_improve_on_is_not_asked_again(
+    router: Router, fleet: dict[str, FakeTarget], family: Family, clock: ManualClock
+) -> None:
+    for target in fleet.values():
+        target.behaviour = raises(TargetFailed("down"))
+    request = replace(make_request(clock), avoid=frozenset({MCU}))
+    with pytest.raises(NoAnswer) as failed:
+        await router.run(request, family)
+    assert fleet["edge_mcu"].asked == []
+    assert {attempt.target for attempt in failed.value.attempts} == {"edge_gpu", "cloud_gpu", "cloud_serverless"}

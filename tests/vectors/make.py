@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import streaming
 from cobs import cobs
 from updates import SHA_A, SHA_B, UPDATE_ENCODE, UPDATE_MESSAGES, pattern
 
@@ -39,7 +40,7 @@ TYPES = {
     "STATS": 0xA0,
     "LOG": 0xA1,
     "ERROR": 0xFF,
-}
+} | streaming.TYPES
 FRAGMENT, RETRY = 1, 2
 
 ABOUT = [
@@ -107,21 +108,25 @@ def stats(fields: dict[str, Any]) -> bytes:
     return bytes([len(values)]) + b"".join(struct.pack("<BQ", i, v) for i, v in values)
 
 
-ENCODE: dict[str, Any] = UPDATE_ENCODE | {
-    "HELLO_REQ": lambda f: struct.pack("<BBH", f["major"], f["minor"], f["max_frame"]),
-    "HELLO": hello,
-    "PING": lambda f: f["data"],
-    "PONG": lambda f: struct.pack("<QQ", f["t_rx"], f["t_tx"]) + f["data"],
-    "INFER": lambda f: f["model"] + struct.pack("<I", f["budget_ms"]) + f["inputs"],
-    "RESULT": lambda f: f["model"] + struct.pack("<II", f["queue_us"], f["compute_us"]) + f["outputs"],
-    "CANCEL": lambda f: b"",
-    "RESET": lambda f: b"",
-    "STATS_REQ": lambda f: b"",
-    "STATS": stats,
-    "LOG": lambda f: bytes([f["level"]]) + f["text"].encode(),
-    "ERROR": lambda f: struct.pack("<H", f["code"]) + f["text"].encode(),
-    "FRAGMENT": lambda f: struct.pack("<II", f["total"], f["offset"]) + f["data"],
-}
+ENCODE: dict[str, Any] = (
+    UPDATE_ENCODE
+    | {
+        "HELLO_REQ": lambda f: struct.pack("<BBH", f["major"], f["minor"], f["max_frame"]),
+        "HELLO": hello,
+        "PING": lambda f: f["data"],
+        "PONG": lambda f: struct.pack("<QQ", f["t_rx"], f["t_tx"]) + f["data"],
+        "INFER": lambda f: f["model"] + struct.pack("<I", f["budget_ms"]) + f["inputs"],
+        "RESULT": lambda f: f["model"] + struct.pack("<II", f["queue_us"], f["compute_us"]) + f["outputs"],
+        "CANCEL": lambda f: b"",
+        "RESET": lambda f: b"",
+        "STATS_REQ": lambda f: b"",
+        "STATS": stats,
+        "LOG": lambda f: bytes([f["level"]]) + f["text"].encode(),
+        "ERROR": lambda f: struct.pack("<H", f["code"]) + f["text"].encode(),
+        "FRAGMENT": lambda f: struct.pack("<II", f["total"], f["offset"]) + f["data"],
+    }
+    | streaming.ENCODE
+)
 
 EMPTY_SLOT = dict.fromkeys(SLOT_FIELDS, 0) | {"index": 1, "sha256": bytes(32)}
 ACTIVE_SLOT = {
@@ -195,6 +200,7 @@ MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
     ("error_text", "ERROR", {"code": 19, "text": "tensor 3: größer als der Puffer"}),
     ("error_bare", "ERROR", {"code": 5, "text": ""}),
     ("fragment", "FRAGMENT", {"total": 2000, "offset": 236, "data": pattern(236, 1)}),
+    *streaming.MESSAGES,
 ]
 
 
@@ -254,6 +260,7 @@ def build() -> dict[str, Any]:
         "model_status",
         "stats",
         "cancel",
+        *streaming.GROWN,
     ):
         fields = next(f for n, _, f in MESSAGES if n == name)
         type_name, body = bodies[name]
@@ -279,6 +286,7 @@ def build() -> dict[str, Any]:
         "model_status",
         "stats",
         "error_bare",
+        *streaming.SHORT,
     ):
         type_name, body = bodies[name]
         cuts = sorted({0, 1, len(body) // 2, len(body) - 1})
