@@ -67,12 +67,19 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     ping.add_argument("--count", type=_positive, default=10, metavar="N", help="how many (default 10)")
     ping.add_argument("--size", type=_not_negative, default=0, metavar="BYTES", help="payload (default 0)")
 
-    push = actions.add_parser("push", parents=[line], help="send a model, verify it there and make it active")
+    push = actions.add_parser("push", parents=[line], help="send a model, prove it there and make it active")
     push.add_argument("model", metavar="FAMILY[/VARIANT] | FILE.tflite")
     push.add_argument("--catalog", type=Path, metavar="FILE", help="catalog.yaml; default: the one that ships")
     push.add_argument("--counter", type=_not_negative, metavar="N", help="version counter; default: the catalogue's")
     push.add_argument("--allow-downgrade", action="store_true", help="also if the board has a later version")
     push.add_argument("--force", action="store_true", help="also if it is active there; takes the other slot")
+    push.add_argument("--key", type=Path, metavar="FILE", help="sign with this private key")
+    push.add_argument("--signature", type=Path, metavar="FILE", help="default: MODEL.tflite.sig.json if it is there")
+    push.add_argument("--unsigned", action="store_true", help="do not look for a signature beside the model")
+    push.add_argument("--require-signed", action="store_true", help="as edge_mcu.require_signed_updates")
+    push.add_argument(
+        "--config", type=Path, metavar="FILE", help="policy, trusted keys and catalogue are those of FILE"
+    )
 
     bench = actions.add_parser("bench", parents=[line], help="round trips and throughput beside their floors")
     bench.add_argument("--rounds", type=_positive, default=500, metavar="N", help="of each measurement (default 500)")
@@ -116,7 +123,7 @@ async def _on_line(args: argparse.Namespace) -> int:
 
     # What is wrong with the command line or its files is said before the board is disturbed.
     if args.action == "push":
-        args.chosen = cli_mcu_push.choose(args)
+        args.plan = cli_mcu_push.prepare(args)
     clock = SystemClock()
     try:
         transport = await open_serial(args.port, args.baud or DEFAULT_BAUD)
@@ -136,11 +143,13 @@ async def _on_line(args: argparse.Namespace) -> int:
 
 
 async def _info(session: Session, args: argparse.Namespace, clock: Clock) -> None:
+    from agent.wire.codes import Capability, Rollback, name_of
+
     hello = session.hello
+    left_s = await _trial_left_s(session, clock) if hello.trial is not None else 0.0
     if args.json:
-        print(json.dumps(_as_json(hello), indent=2))
+        print(json.dumps(_as_json(hello) | {"trial_left_s": left_s}, indent=2))
         return
-    from agent.wire.codes import Capability, name_of
 
     print(f"board         {hello.board}, unique id {hello.uid:016x}")
     print(f"firmware      {hello.build}, protocol {hello.major}.{hello.minor}")
@@ -157,6 +166,19 @@ async def _info(session: Session, args: argparse.Namespace, clock: Clock) -> Non
         if slot.runs:
             print(f", inputs {slot.input_bytes}, outputs {slot.output_bytes}, arena {slot.arena_used} bytes", end="")
         print()
+    if hello.trial is not None:
+        bound = f"at its next reset or in {left_s:.0f} s" if left_s else "never, as there is none"
+        print(f"trial         not confirmed; back to the former model {bound}")
+    if isinstance(hello.rollback, Rollback) and hello.rollback:
+        print(f"rolled back   {hello.rollback.words}")
+
+
+async def _trial_left_s(session: Session, clock: Clock) -> float:
+    """Until the board goes back by itself; 0 where it has no model to go back to."""
+    from agent.wire.codes import StatId
+
+    stats = await session.stats(clock.monotonic() + ANSWER_TIMEOUT_S)
+    return dict(stats.values).get(StatId.TRIAL_LEFT_US, 0) / 1e6
 
 
 def _as_json(hello: Hello) -> dict[str, Any]:
@@ -170,6 +192,7 @@ def _as_json(hello: Hello) -> dict[str, Any]:
     ]
     return fields | {
         "reset_cause": name_of(hello.reset_cause).lower(),
+        "rollback": name_of(hello.rollback).lower(),
         "boot_id": f"{hello.boot_id:016x}",
         "uid": f"{hello.uid:016x}",
         "capabilities": [bit.name.lower() for bit in Capability if bit in hello.capabilities and bit.name],

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, field_validator, model_validator
 
@@ -76,6 +76,9 @@ class GatewaySection(Section):
 class ModelsSection(Section):
     catalog: Path | None = None
     """`catalog.yaml`; None: the one that ships."""
+    trusted_keys: tuple[Annotated[str, Field(min_length=1, max_length=4096)], ...] = Field(default=(), max_length=16)
+    """Public Ed25519 keys whose signatures of models count: names of PEM files, or 64 hex digits each. Empty: the board
+    decides alone."""
 
 
 class FallbackSection(Section):

@@ -20,6 +20,8 @@ class McuSection(Section):
     """Open requests for each microcontroller; the window it advertises may lower it."""
     health_check_interval: float = Field(default=5, gt=0, le=3600)
     """Seconds between PINGs on an idle line."""
+    require_signed_updates: bool = False
+    """Boards that do not verify Ed25519 are not updated, and a trial of theirs is not confirmed."""
 
     @model_validator(mode="before")
     @classmethod

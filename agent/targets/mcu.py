@@ -69,6 +69,7 @@ class McuTarget:
                 connect=connect,
                 max_concurrent=section.max_concurrent,
                 health_check_interval=section.health_check_interval,
+                signed_only=section.require_signed_updates,
                 random=random,
             )
             for port in section.ports

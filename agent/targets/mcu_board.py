@@ -16,7 +16,8 @@ from agent.link.calls import RemoteError
 from agent.link.session import Session
 from agent.link.transport import Transport
 from agent.registry.catalog import Catalog, Variant
-from agent.wire.codes import Capability, LogLevel, name_of
+from agent.targets.mcu_trial import settle_trial
+from agent.wire.codes import Capability, LogLevel, Rollback, name_of
 from agent.wire.messages import Hello, Log
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Board:
         connect: Connect,
         max_concurrent: int,
         health_check_interval: float,
+        signed_only: bool = False,
         random: Callable[[], float],
     ) -> None:
         self.port = port
@@ -80,6 +82,7 @@ class Board:
         self._connect = connect
         self._max_concurrent = max_concurrent
         self._health_check_interval = health_check_interval
+        self._signed_only = signed_only
         self._backoff = Backoff(RECONNECT_INITIAL_S, RECONNECT_MAX_S, random)
         self._session: Session | None = None
         self._hello: Hello | None = None
@@ -93,6 +96,7 @@ class Board:
         self._clock_offset_s: float | None = None
         self._mcu_counters: Mapping[str, int] = {}
         self._refreshing: asyncio.Task[None] | None = None
+        self._settling: asyncio.Task[None] | None = None
 
     @property
     def variant(self) -> Variant | None:
@@ -126,11 +130,11 @@ class Board:
         self._task.add_done_callback(self._ended)
 
     async def stop(self) -> None:
-        for task in (self._task, self._refreshing):
+        for task in (self._task, self._refreshing, self._settling):
             if task is not None:
                 task.cancel()
                 await asyncio.wait([task])
-        self._task = self._refreshing = None
+        self._task = self._refreshing = self._settling = None
         self._enter(BoardState.STOPPED, f"{self.port}: stopped")
 
     def refresh(self) -> None:
@@ -156,6 +160,8 @@ class Board:
             "window": hello.window if hello is not None else None,
             "model": self.variant.name if self.variant is not None else None,
             "model_sha256": active.sha256.hex() if active is not None else None,
+            "in_trial": hello is not None and hello.trial is not None,
+            "rollback": name_of(hello.rollback).lower() if hello is not None and hello.rollback else None,
             "round_trip_ms": None if self._round_trip_s is None else round(self._round_trip_s * 1e3, 3),
             "clock_offset_ms": None if self._clock_offset_s is None else round(self._clock_offset_s * 1e3, 3),
             "counters": session.status() if session is not None else {},
@@ -259,13 +265,24 @@ class Board:
             self._adopt(hello)
 
     def _adopt(self, hello: Hello) -> None:
+        if hello.rollback and (self._hello is None or self._hello.trial is not None):
+            why = hello.rollback.words if isinstance(hello.rollback, Rollback) else str(hello.rollback)
+            log.warning("board took its last model back", extra=self._about(why))
         self._hello = hello
+        if hello.trial is not None and self._session is not None and not self._is_settling():
+            settling = settle_trial(
+                self.port, self._session, hello.trial, self._catalog, self._clock, signed_only=self._signed_only
+            )
+            self._settling = asyncio.create_task(settling, name=f"trial {self.port}")
         self._variant, self._reason = self._usable(hello)
         about = {"board": hello.board, "build": hello.build, "engine": hello.engine}
         if self._variant is not None:
             log.info("board ready", extra={"port": self.port, "model": self._variant.name, **about})
         else:
             log.warning("board cannot be asked", extra={**self._about(self._reason), **about})
+
+    def _is_settling(self) -> bool:
+        return self._settling is not None and not self._settling.done()
 
     def _usable(self, hello: Hello) -> tuple[Variant | None, str]:
         """What the board runs, or why it is of no use."""
@@ -274,6 +291,8 @@ class Board:
             return None, f"{self.port}: its firmware was built without an engine"
         if active is None:
             return None, f"{self.port}: no model is active: push one with edge-agent mcu push"
+        if hello.trial is not None:
+            return None, f"{self.port}: its model {active.sha256.hex()[:12]} is in trial, not confirmed yet"
         variant = self._catalog.by_sha256(active.sha256.hex())
         if variant is None:
             return None, f"{self.port}: its model {active.sha256.hex()[:12]} is not in the catalogue"

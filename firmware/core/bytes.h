@@ -36,7 +36,7 @@ class Reader {
     return span;
   }
 
-  void copy(uint8_t* out, size_t count) {
+  void copy(void* out, size_t count) {
     const Span span = take(count);
     if (span.size == count && count > 0) memcpy(out, span.data, count);
   }

@@ -56,8 +56,16 @@ constexpr size_t kFlashAlign = 16;
 // The largest chunk, max_frame - 16, must be one that can be stored.
 static_assert((kMaxFrame - kFrameOverhead - 4) % kFlashAlign == 0, "EDGE_MAX_FRAME must be a multiple of 16");
 
-// One directory record: both slots' manifests (2 x 151 bytes), sequence and CRC, rounded up.
+// One directory record: both slots' manifests (2 x 183 bytes), sequence and CRC, rounded up.
 constexpr size_t kDirectoryRecord = 512;
+
+// How long a new model may run unconfirmed: a gateway needs seconds to prove it, a person who plugs a cable
+// in again a minute or two.
+#ifndef EDGE_TRIAL_S
+#define EDGE_TRIAL_S 300
+#endif
+constexpr uint32_t kTrialSeconds = EDGE_TRIAL_S;
+static_assert(kTrialSeconds >= 1 && kTrialSeconds <= 3600, "EDGE_TRIAL_S: 1 to 3600");
 
 // Between two kicks of the watchdog while hashing: under a millisecond on the slowest board.
 constexpr size_t kHashStep = 4096;

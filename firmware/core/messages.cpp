@@ -46,6 +46,10 @@ bool Manifest::parse(Span body) {
   selftest_tolerance = in.u8();
   in.copy(model_sha256, kSha256Size);
   in.copy(image_sha256, kSha256Size);
+  if (format > 1) {
+    in.copy(board, kBoardClass);
+    in.copy(operators, kOperatorBits);
+  }
   signature_kind = in.u8();
   if (signature_kind == kSignatureEd25519) in.copy(signature, kSignatureSize);
   return in.ok();
@@ -62,6 +66,10 @@ void Manifest::write(Writer& out) const {
   out.u8(selftest_tolerance);
   out.bytes(model_sha256, kSha256Size);
   out.bytes(image_sha256, kSha256Size);
+  if (format > 1) {
+    out.bytes(board, kBoardClass);
+    out.bytes(operators, kOperatorBits);
+  }
   out.u8(signature_kind);
   out.bytes(signature, kSignatureSize);
 }
@@ -78,15 +86,16 @@ void ModelStatus::write(Writer& out) const {
 }
 
 void Stats::write(Writer& out, uint64_t uptime_us, uint64_t arena_used, uint64_t flash_operations,
-                  const HalCounters* hal) const {
+                  uint64_t trial_left_us, const HalCounters* hal) const {
   const struct Item {
     uint8_t id;
     uint64_t value;
   } values[] = {
-      {1, uptime_us},    {2, frames_received},   {3, frames_sent},       {4, bad_crc},
-      {5, bad_frames},   {6, oversize},          {7, inferences},        {8, inferences_failed},
-      {9, busy},         {10, expired},          {11, compute_us},       {13, arena_used},
-      {15, lost_frames}, {16, answers_repeated}, {17, flash_operations}, {18, queue_high_water},
+      {1, uptime_us},      {2, frames_received},   {3, frames_sent},       {4, bad_crc},
+      {5, bad_frames},     {6, oversize},          {7, inferences},        {8, inferences_failed},
+      {9, busy},           {10, expired},          {11, compute_us},       {13, arena_used},
+      {15, lost_frames},   {16, answers_repeated}, {17, flash_operations}, {18, queue_high_water},
+      {19, trial_left_us},
   };
   const Item counted[] = {{12, hal != nullptr ? hal->stack_high_water : 0},
                           {14, hal != nullptr ? hal->uart_overruns : 0}};

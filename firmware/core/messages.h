@@ -13,7 +13,7 @@
 namespace edge {
 
 constexpr uint8_t kProtocolMajor = 1;
-constexpr uint8_t kProtocolMinor = 0;
+constexpr uint8_t kProtocolMinor = 1;
 
 enum Type : uint8_t {
   kHelloReq = 0x01,
@@ -26,6 +26,8 @@ enum Type : uint8_t {
   kModelCommit = 0x12,
   kModelAbort = 0x13,
   kModelQuery = 0x14,
+  kModelConfirm = 0x15,
+  kModelRollback = 0x16,
   kStatsReq = 0x20,
   kHello = 0x81,
   kPong = 0x82,
@@ -62,6 +64,8 @@ enum class Code : uint16_t {
   kSelftest = 22,
   kFlash = 23,
   kInternal = 24,
+  kBoard = 25,
+  kInTrial = 26,
 };
 
 // What went wrong, and one line for people. `text` is a literal or outlives the answer.
@@ -78,16 +82,29 @@ constexpr uint32_t kCapEngine = 1;
 constexpr uint32_t kCapVerifies = 2;
 constexpr uint32_t kCapKeepsModels = 8;
 
-constexpr size_t kModelTag = 8;         // first bytes of the model's SHA-256
-constexpr size_t kFragmentHead = 8;     // total and offset
-constexpr size_t kPongHead = 16;        // t_rx and t_tx
-constexpr size_t kResultHead = 16;      // model, queue_us, compute_us
-constexpr size_t kChunkHead = 4;        // offset
-constexpr size_t kStatusBitmap = 32;    // bytes
-constexpr size_t kManifestSigned = 85;  // MODEL_BEGIN from format through image_sha256
-constexpr size_t kManifestSize = kManifestSigned + 1 + kSignatureSize;
+constexpr size_t kModelTag = 8;       // first bytes of the model's SHA-256
+constexpr size_t kFragmentHead = 8;   // total and offset
+constexpr size_t kPongHead = 16;      // t_rx and t_tx
+constexpr size_t kResultHead = 16;    // model, queue_us, compute_us
+constexpr size_t kChunkHead = 4;      // offset
+constexpr size_t kStatusBitmap = 32;  // bytes
+constexpr size_t kBoardClass = 16;    // bytes of a board's name in a manifest
+constexpr size_t kOperatorBits = 16;  // bytes: one bit for each builtin operator code below 128
+constexpr size_t kManifestHead = 85;  // MODEL_BEGIN from format through image_sha256
+constexpr size_t kManifestSize = kManifestHead + kBoardClass + kOperatorBits + 1 + kSignatureSize;
+constexpr size_t kManifestSize1 = kManifestHead + 1 + kSignatureSize;  // as format 1 has it
 
 enum class SlotState : uint8_t { kEmpty = 0, kReceiving = 1, kStored = 2, kTrial = 3, kActive = 4, kBad = 5 };
+
+// Why the last trial did not end in a confirmation; as in HELLO.rollback.
+enum class Rollback : uint8_t {
+  kNone = 0,
+  kReset = 1,      // power, reset pin, RESET: before it was confirmed
+  kCrash = 2,      // watchdog or fault
+  kTimeout = 3,    // not confirmed within kTrialSeconds
+  kInvoke = 4,     // an inference failed
+  kRequested = 5,  // MODEL_ROLLBACK
+};
 
 struct HelloReq {
   uint8_t major = 0;
@@ -128,16 +145,23 @@ struct Manifest {
   uint8_t selftest_tolerance = 0;
   uint8_t model_sha256[kSha256Size] = {};
   uint8_t image_sha256[kSha256Size] = {};
+  // Format 2: the board it is for (padded with zeros; all zeros: any), and the operators it needs.
+  char board[kBoardClass] = {};
+  uint8_t operators[kOperatorBits] = {};
   uint8_t signature_kind = 0;
   uint8_t signature[kSignatureSize] = {};
 
   bool parse(Span body);
-  // kManifestSize bytes, with a signature of zeros if there is none.
+  // kManifestSize bytes (kManifestSize1 in format 1), with a signature of zeros if there is none.
   void write(Writer& out) const;
+  size_t signed_size() const {
+    return format == 1 ? kManifestHead : kManifestHead + kBoardClass + kOperatorBits;
+  }
   uint64_t image_length() const { return static_cast<uint64_t>(model_length) + selftest_length; }
 };
 
 constexpr uint8_t kAllowDowngrade = 1;  // MODEL_BEGIN.flags
+constexpr uint8_t kCommitTrial = 1;  // MODEL_COMMIT.flags, which a gateway of minor version 0 does not send
 constexpr uint8_t kSignatureEd25519 = 1;
 
 struct ModelStatus {
@@ -169,7 +193,7 @@ struct Stats {
   uint64_t queue_high_water = 0;
   // `hal` may be null: the board does not count.
   void write(Writer& out, uint64_t uptime_us, uint64_t arena_used, uint64_t flash_operations,
-             const HalCounters* hal) const;
+             uint64_t trial_left_us, const HalCounters* hal) const;
 };
 
 }  // namespace edge

@@ -29,7 +29,7 @@ class Session {
   // Takes received bytes. PING, HELLO_REQ, CANCEL and RESET are answered at once, all else is queued.
   void feed(const uint8_t* data, size_t size);
 
-  // Runs the oldest queued request. True if more are queued.
+  // Runs the oldest queued request, and ends a trial that is over. True if more are queued.
   bool poll();
 
   bool pending() const { return !resetting_ && queue_.size() > 0; }
@@ -47,6 +47,8 @@ class Session {
   void on_cancel(uint32_t id);
 
   // Each writes the answer's body and sets its type.
+  void serve_next();
+  void announce();
   Status execute(const Request& request, Writer& out, uint8_t* type);
   Status infer(const Request& request, Writer& out);
   Status model_message(const Request& request, Writer& out);

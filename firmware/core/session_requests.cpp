@@ -10,7 +10,15 @@ namespace edge {
 #endif
 
 bool Session::poll() {
-  if (!pending()) return false;
+  if (pending()) serve_next();
+  if (!resetting_ && models_.settle()) {
+    announce();
+    log(kLogWarning, kRolledBack);
+  }
+  return pending();
+}
+
+void Session::serve_next() {
   hal_.watchdog_kick();
   const Request request = queue_.pop();
   Writer out(answer_, sizeof answer_);
@@ -21,7 +29,6 @@ bool Session::poll() {
   pool_.give(request.body);
   answers_.remember(request.id, type, body);
   send(type, request.id, body);
-  return pending();
 }
 
 Status Session::execute(const Request& request, Writer& out, uint8_t* type) {
@@ -32,7 +39,7 @@ Status Session::execute(const Request& request, Writer& out, uint8_t* type) {
     case kStatsReq:
       *type = kStats;
       stats_.write(out, hal_.clock_us(), models_.info().arena_used, models_.store().operations(),
-                   hal_.counters());
+                   models_.trial_left_us(), hal_.counters());
       return {};
     default:
       *type = kModelStatus;
@@ -64,6 +71,7 @@ Status Session::infer(const Request& request, Writer& out) {
   ++stats_.inferences;
   if (!good) {
     ++stats_.inferences_failed;
+    models_.failed();
     return {Code::kInvoke, engine_.last_error()};
   }
   out.bytes(message.model, kModelTag);
@@ -88,16 +96,21 @@ Status Session::model_message(const Request& request, Writer& out) {
       status = models_.abort();
       break;
     case kModelCommit:
-      status = models_.commit(answer_, sizeof answer_);
+      status = models_.commit(answer_, sizeof answer_, (Reader(body).u8() & kCommitTrial) != 0);
+      break;
+    case kModelConfirm:
+    case kModelRollback:
+      status = models_.end_trial(body, request.type == kModelConfirm);
       break;
     default:  // MODEL_QUERY only asks
       break;
   }
   if (!status.ok()) return status;
-  if (request.type == kModelCommit) {
-    answer = models_.store().status_of(static_cast<size_t>(models_.loaded()));
-  } else {
+  const bool decides = request.type == kModelCommit || request.type >= kModelConfirm;
+  if (!decides) {
     answer = models_.store().status();
+  } else if (models_.loaded() >= 0) {
+    answer = models_.store().status_of(static_cast<size_t>(models_.loaded()));
   }
   answer.write(out);
   return {};
@@ -141,6 +154,8 @@ void Session::write_hello(Writer& out) {
     out.u32(info.output_bytes);
     out.u32(info.arena_used);
   }
+  out.u8(static_cast<uint8_t>(store.rollback()));
+  out.u16(kTrialSeconds);
 }
 
 }  // namespace edge

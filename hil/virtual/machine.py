@@ -29,6 +29,9 @@ MAX_WAITING = 64 * 1024
 # A command is a short line of JSON; whoever sends more is no client of ours.
 MAX_COMMAND = 4096
 
+# An idle firmware is asked this often whether time has come for something: it has a trial to end.
+TICK_S = 0.5
+
 RESET_POWER_ON = 1
 RESET_PIN = 2
 RESET_SOFTWARE = 3
@@ -41,6 +44,8 @@ class Settings:
     baud: int | None
     window: int
     unique_id: int
+    verify: Callable[[bytes, bytes], bool] | None = None
+    """Ed25519: (message, signature)."""
 
 
 class Machine:
@@ -55,6 +60,7 @@ class Machine:
             request_reset=self._request_reset,
             unique_id=settings.unique_id,
             window=settings.window,
+            verify=settings.verify,
         )
         self._poller = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
@@ -65,6 +71,7 @@ class Machine:
         self._running = True
         self._stalled = False
         self._busy = False  # the firmware has requests queued
+        self._tick_at = 0.0
 
         self._received = bytearray()  # from the line, not yet carried: only with a baud rate
         self._sending = bytearray()
@@ -113,17 +120,18 @@ class Machine:
             self._boot(self._reset_wanted)
         if self._received:
             self._feed_carried()
-        if self._busy and not self._stalled and self._mcu:
+        if self._mcu and not self._stalled and (self._busy or time.monotonic() >= self._tick_at):
             self._busy = self._mcu.poll()
+            self._tick_at = time.monotonic() + TICK_S
         if self._sending:
             self._flush()
         self._update_interest()
 
-    def _timeout_s(self) -> float | None:
+    def _timeout_s(self) -> float:
         if self._reset_wanted is not None or (self._busy and not self._stalled):
             return 0
         waits = (self._rx_pacer.wait_s(len(self._received)), self._tx_pacer.wait_s(len(self._sending)))
-        return min((w for w in waits if w is not None), default=None)
+        return min((w for w in waits if w is not None), default=TICK_S)
 
     # -- the board ---------------------------------------------------------------------------------------------------
 

@@ -257,7 +257,7 @@ def test_a_full_window_still_reassembles(board: Board) -> None:
 
 def test_version_mismatch_serves_only_the_way_back(board: Board) -> None:
     answer = board.ask("HELLO_REQ", struct.pack("<BBH", 2, 0, 1024))
-    assert (answer.code, answer.body[2:]) == (VERSION, b"1.0")
+    assert (answer.code, answer.body[2:]) == (VERSION, b"1.1")
     assert board.ask("INFER", infer(IMAGE)).code == VERSION
     assert board.ask("STATS_REQ").code == VERSION
     assert board.ask("PING", b"x").type == "PONG"

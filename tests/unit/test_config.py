@@ -34,7 +34,7 @@ def refusal(tmp_path: Path, text: str | bytes, **environ: str) -> str:
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gateway": {"state_dir": Path("/var/lib/edge-agent"), "drain_timeout_s": 5},
-    "models": {"catalog": None},
+    "models": {"catalog": None, "trusted_keys": ()},
     "routing": {"max_cloud_cost": 0.01, "edge_preference": 0.7, "max_in_flight": 256},
     "routing.latency_thresholds": {"realtime": 10, "near_realtime": 100, "interactive": 500, "batch": 1000},
     "routing.model_size_thresholds": {"edge_mcu": 1, "edge_gpu": 10, "cloud": 1000},
@@ -53,6 +53,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "timeout_ms": 50,
         "max_concurrent": 4,
         "health_check_interval": 5,
+        "require_signed_updates": False,
     },
     "edge_gpu": {
         "enabled": True,

@@ -29,6 +29,8 @@ TYPES = {
     "MODEL_COMMIT": 0x12,
     "MODEL_ABORT": 0x13,
     "MODEL_QUERY": 0x14,
+    "MODEL_CONFIRM": 0x15,
+    "MODEL_ROLLBACK": 0x16,
     "STATS_REQ": 0x20,
     "HELLO": 0x81,
     "PONG": 0x82,
@@ -47,7 +49,8 @@ ABOUT = [
     "messages: a body and its fields, both ways. Field names are those of the protocol page. Byte fields (hashes,",
     "  tensors, data, bitmap, signature) are hex strings; text is text; operators is a list of numbers; slots is a",
     "  list of objects; STATS has one field 'values', a list of [id, value]. 'FRAGMENT' is the payload of a frame with",
-    "  the FRAGMENT flag. MODEL_BEGIN has a 'signature' (hex) only if signature_kind is 1.",
+    "  the FRAGMENT flag. MODEL_BEGIN has a 'signature' (hex) only if signature_kind is 1, and 'board'",
+    "  (text) and 'operators' (a list of codes) only in format 2. HELLO has 'rollback' and 'trial_s' from minor 1 on.",
     "grown: bodies of a later minor version. They parse to the fields; the bytes behind are ignored. Not for encoding.",
     "short: bodies that are too short for their type: a parser refuses them (BAD_LENGTH).",
     "streams: bytes on the line and what a decoder with max_frame yields, in order: a frame's name, or an error.",
@@ -103,13 +106,19 @@ def hello(fields: dict[str, Any]) -> bytes:
     body += bytes([len(f["operators"])]) + bytes(f["operators"]) + bytes([len(f["slots"])])
     for slot in f["slots"]:
         body += struct.pack("<BBI32sIIII", *(slot[k] for k in SLOT_FIELDS))
+    if f["minor"] >= 1:
+        body += struct.pack("<BH", f["rollback"], f["trial_s"])
     return body
 
 
 def model_begin(fields: dict[str, Any]) -> bytes:
     names = ("format", "flags", "chunk", "model_length", "selftest_length", "counter", "arena", "selftest_tolerance")
     body = struct.pack("<BBHIIIIB", *(fields[k] for k in names))
-    body += fields["model_sha256"] + fields["image_sha256"] + bytes([fields["signature_kind"]])
+    body += fields["model_sha256"] + fields["image_sha256"]
+    if fields["format"] >= 2:
+        bits = sum(1 << code for code in fields["operators"])
+        body += fields["board"].encode().ljust(16, b"\0") + bits.to_bytes(16, "little")
+    body += bytes([fields["signature_kind"]])
     return body + fields.get("signature", b"")
 
 
@@ -134,7 +143,9 @@ ENCODE: dict[str, Any] = {
     "RESET": lambda f: b"",
     "MODEL_BEGIN": model_begin,
     "MODEL_CHUNK": lambda f: struct.pack("<I", f["offset"]) + f["data"],
-    "MODEL_COMMIT": lambda f: b"",
+    "MODEL_COMMIT": lambda f: bytes([f["flags"]]) if f["flags"] else b"",
+    "MODEL_CONFIRM": lambda f: f["model"],
+    "MODEL_ROLLBACK": lambda f: f["model"],
     "MODEL_ABORT": lambda f: b"",
     "MODEL_QUERY": lambda f: b"",
     "MODEL_STATUS": model_status,
@@ -207,6 +218,20 @@ MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
         HELLO_FULL
         | {"board": "", "build": "", "engine": "none", "operators": [], "slots": [], "capabilities": 0, "uid": 0},
     ),
+    (
+        "hello_trial",
+        "HELLO",
+        HELLO_FULL
+        | {"minor": 1, "rollback": 0, "trial_s": 300}
+        | {"slots": [ACTIVE_SLOT | {"state": 3}, EMPTY_SLOT | {"state": 2, "length": 9, "sha256": SHA_B}]},
+    ),
+    (
+        "hello_rolled_back",
+        "HELLO",
+        HELLO_FULL
+        | {"minor": 1, "rollback": 2, "trial_s": 300}
+        | {"slots": [ACTIVE_SLOT, EMPTY_SLOT | {"state": 5, "length": 9, "sha256": SHA_B}]},
+    ),
     ("hello_utf8", "HELLO", HELLO_FULL | {"board": "prüfstand-β"}),
     ("ping_empty", "PING", {"data": b""}),
     ("ping_zeros", "PING", {"data": bytes(8)}),
@@ -221,7 +246,22 @@ MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
     ("model_begin_unsigned", "MODEL_BEGIN", BEGIN),
     ("model_begin_signed", "MODEL_BEGIN", BEGIN | {"flags": 1, "signature_kind": 1, "signature": pattern(64, 3)}),
     ("model_chunk", "MODEL_CHUNK", {"offset": 2144, "data": pattern(1072, 9)}),
-    ("model_commit", "MODEL_COMMIT", {}),
+    (
+        "model_begin_format_2",
+        "MODEL_BEGIN",
+        BEGIN
+        | {"format": 2, "board": "mps2-an386", "operators": [9, 22, 25, 127], "signature_kind": 1}
+        | {"signature": pattern(64, 5)},
+    ),
+    (
+        "model_begin_for_any_board",
+        "MODEL_BEGIN",
+        BEGIN | {"format": 2, "board": "", "operators": []},
+    ),
+    ("model_commit", "MODEL_COMMIT", {"flags": 0}),
+    ("model_commit_trial", "MODEL_COMMIT", {"flags": 1}),
+    ("model_confirm", "MODEL_CONFIRM", {"model": SHA_B[:8]}),
+    ("model_rollback", "MODEL_ROLLBACK", {"model": SHA_B[:8]}),
     ("model_abort", "MODEL_ABORT", {}),
     ("model_query", "MODEL_QUERY", {}),
     ("model_status", "MODEL_STATUS", STATUS),
@@ -288,7 +328,16 @@ def build() -> dict[str, Any]:
     add_frame("one_full_cobs_group", TYPES["PING"], 3, 0x0101, full_id, full_payload)
 
     grown = []
-    for name in ("hello_req", "hello_full", "model_begin_signed", "model_status", "stats", "cancel"):
+    for name in (
+        "hello_req",
+        "hello_trial",
+        "model_begin_signed",
+        "model_begin_format_2",
+        "model_confirm",
+        "model_status",
+        "stats",
+        "cancel",
+    ):
         fields = next(f for n, _, f in MESSAGES if n == name)
         type_name, body = bodies[name]
         grown.append(
@@ -308,6 +357,8 @@ def build() -> dict[str, Any]:
         "infer_no_inputs",
         "model_begin_unsigned",
         "model_begin_signed",
+        "model_begin_format_2",
+        "model_confirm",
         "model_status",
         "stats",
         "error_bare",
