@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from agent.core.errors import EdgeAgentError
 from agent.registry.flatbuffer import Buffer, Table, Vector
 from agent.wire.codes import ErrorCode
 
@@ -100,7 +101,7 @@ ARITY: Final = {
 """By the schema's builtin code."""
 
 
-class ModelInvalid(Exception):
+class ModelInvalid(EdgeAgentError):
     """The board would refuse the model. `code` is INVALID_MODEL or OPERATOR; the text says which check failed."""
 
     def __init__(self, text: str, code: ErrorCode = ErrorCode.INVALID_MODEL) -> None:
