@@ -84,6 +84,12 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     bench = actions.add_parser("bench", parents=[line], help="round trips and throughput beside their floors")
     bench.add_argument("--rounds", type=_positive, default=500, metavar="N", help="of each measurement (default 500)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    bench.add_argument(
+        "--push",
+        type=_positive,
+        metavar="KIB",
+        help="also time an image of KIB KiB into the slot that is not active; what is there is lost",
+    )
 
     actions.add_parser("reset", parents=[line], help="restart the board and wait until it is back")
     actions.add_parser("virtual", module="hil.virtual", help="run a microcontroller on a pseudo-terminal")

@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from agent.core.documents import NotYaml, read_yaml
 from agent.core.errors import ConfigError, UnknownModel
 from agent.core.types import Complexity
-from agent.registry.model_validator import ARITY, ModelInvalid, validate_model
 
 TargetKind = Literal["edge_mcu", "edge_gpu", "cloud"]
 DType = Literal["float32", "float16", "int8", "uint8", "int16", "int32", "int64"]
@@ -28,8 +27,6 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 
 MAX_CATALOG_BYTES = 1_000_000
-LARGEST_MESSAGE = 0xFFFF_FFFF
-"""What a board at hand takes is asked of it before a model is sent there."""
 
 
 class _Strict(BaseModel):
@@ -284,8 +281,3 @@ def _file_faults(catalog: Catalog) -> Iterator[str]:
                 yield f"{at}.sha256: the file {variant.path} is not the one recorded"
             elif size != variant.bytes:
                 yield f"{at}.bytes: the file {variant.path} has {size} bytes, {variant.bytes} are recorded"
-            elif "edge_mcu" in variant.targets and variant.format == "tflite":
-                try:
-                    validate_model(catalog.path(variant).read_bytes(), ARITY, LARGEST_MESSAGE)
-                except ModelInvalid as invalid:
-                    yield f"{at}.path: no board would take {variant.path}: {invalid}"
