@@ -329,26 +329,20 @@ class Validator {
     Table table(&file_, at);
     // An option may be read as a scalar of up to 8 bytes that begins at the table's last byte.
     file_.inside(table.end(), 1, 7);
-    switch (arity.options != 0 ? arity.options : kind) {
-      case kReshapeOptions:
-      case kSqueezeOptions:
-        return table.vector(0, 4).size() <= kMaxRank && file_.ok();
-      case kConvOptions:
-      case kDepthwiseOptions:
-      case kTransposeConvOptions:
-        return is_stride(table.u(1, 4)) && is_stride(table.u(2, 4)) && file_.ok();
-      case kPoolOptions:
-        return is_stride(table.u(1, 4)) && is_stride(table.u(2, 4)) && is_stride(table.u(3, 4)) &&
-               is_stride(table.u(4, 4)) && file_.ok();
-      case kSoftmaxOptions:
-        return arity.options == 0 || (is_beta(table.u(0, 4), input) && file_.ok());
-      default:
-        return file_.ok();
+    if (kind == kReshapeOptions || kind == kSqueezeOptions) {
+      return table.vector(0, 4).size() <= kMaxRank && file_.ok();
     }
+    if (arity.options == kSoftmaxOptions && !is_beta(table.u(0, 4), input)) return false;
+    // Fields 1 and 2 are strides, 3 and 4 the sides of a pool's window: engines divide by them.
+    unsigned last = 0;
+    if (kind == kConvOptions || kind == kDepthwiseOptions || kind == kTransposeConvOptions) last = 2;
+    if (kind == kPoolOptions) last = 4;
+    for (unsigned field = 1; field <= last; ++field) {
+      const uint32_t value = table.u(field, 4);
+      if (value < 1 || value > kMaxStride) return false;
+    }
+    return file_.ok();
   }
-
-  // Or the side of a window. Engines divide by it.
-  static bool is_stride(uint32_t value) { return value >= 1 && value <= kMaxStride; }
 
   // The factor of SOFTMAX: quantized, engines take it as a number of at least 2^-26 of the input's scale.
   bool is_beta(uint32_t bits, uint32_t input) {

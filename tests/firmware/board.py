@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 from cobs import cobs
 
@@ -164,6 +165,26 @@ class FakeEngine:
         return bytes(inputs[i % len(inputs)] ^ 0x5A for i in range(size))
 
 
+class Core(Protocol):
+    """Where the firmware of a `Board` runs: in this process, or on the emulated Cortex-M (emulated.py)."""
+
+    def flash(self) -> MemoryFlash: ...
+    def engine(self) -> FakeEngine: ...
+    def mcu(self, hardware: Hardware, reset_cause: int) -> Mcu: ...
+
+
+class HostCore:
+    flash = MemoryFlash
+    engine = FakeEngine
+    mcu = Mcu
+
+
+class Chosen:
+    """What boards are made on now; a module of tests may change it."""
+
+    core: Core = HostCore()
+
+
 class Board:
     """The firmware, booted. `ask` is one exchange; `boot` is a reset with the same flash."""
 
@@ -175,8 +196,8 @@ class Board:
         verify: Callable[[bytes, bytes], bool] | None = None,
         with_engine: bool = True,
     ) -> None:
-        self.flash = flash or MemoryFlash()
-        self.engine = engine or FakeEngine()
+        self.flash = flash or Chosen.core.flash()
+        self.engine = engine or Chosen.core.engine()
         self.now_us = 0
         self.resets = 0
         self.line = Receiver()
@@ -201,7 +222,7 @@ class Board:
         self.close()
         self.flash.power_on()
         self.line = Receiver()
-        self._mcu = Mcu(self._hardware, cause)
+        self._mcu = Chosen.core.mcu(self._hardware, cause)
 
     def close(self) -> None:
         if self._mcu:
