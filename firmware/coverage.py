@@ -1,4 +1,4 @@
-"""Line coverage of firmware/core from the counts that a `host-cov` library left: coverage.py BUILD_FOLDER FLOOR_PERCENT.
+"""Line coverage of firmware/core from the counts of a `host-cov` library: coverage.py BUILD_FOLDER FLOOR_PERCENT.
 
 Uses the compiler's own `gcov`. A header counts once, with the best that any file that includes it did.
 """
@@ -46,10 +46,11 @@ def main() -> int:
     for name, lines in sorted(ran.items()):
         done = sum(lines.values())
         missed = spans(sorted(number for number, was in lines.items() if not was))
-        print(f"{name:28}{done:6} of {len(lines):5}{100 * done / len(lines):7.1f} %  {missed}")
+        said = f"{name:28}{done:6} of {len(lines):5}{100 * done / len(lines):7.1f} %  {missed}"
+        sys.stdout.write(said.rstrip() + "\n")
     done, total = sum(sum(lines.values()) for lines in ran.values()), sum(map(len, ran.values()))
     share = 100 * done / total
-    print(f"{'firmware/core':28}{done:6} of {total:5}{share:7.1f} %  (floor {floor:g} %)")
+    sys.stdout.write(f"{'firmware/core':28}{done:6} of {total:5}{share:7.1f} %  (floor {floor:g} %)\n")
     return 0 if share >= floor else 1
 
 

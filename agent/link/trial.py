@@ -134,8 +134,9 @@ async def _conclude(session: Session, trial: Slot, wrong: str, clock: Clock) -> 
 
 
 def _same(hello: Hello, trial: Slot) -> Slot | None:
+    """Its slot, if it still runs. The former model may be the same file under another counter."""
     slot = hello.active
-    return slot if slot is not None and slot.sha256 == trial.sha256 else None
+    return slot if slot is not None and (slot.index, slot.sha256) == (trial.index, trial.sha256) else None
 
 
 def _runs(hello: Hello) -> str:

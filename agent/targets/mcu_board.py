@@ -17,7 +17,7 @@ from agent.link.session import Session
 from agent.link.transport import Transport
 from agent.registry.catalog import Catalog, Variant
 from agent.targets.mcu_trial import settle_trial
-from agent.wire.codes import Capability, LogLevel, Rollback, name_of
+from agent.wire.codes import Capability, LogLevel, Rollback, SlotState, name_of
 from agent.wire.messages import Hello, Log
 
 log = logging.getLogger(__name__)
@@ -97,6 +97,8 @@ class Board:
         self._mcu_counters: Mapping[str, int] = {}
         self._refreshing: asyncio.Task[None] | None = None
         self._settling: asyncio.Task[None] | None = None
+        self._rolled_back: tuple[object, ...] = ()
+        """What was told already: the board goes on saying it."""
 
     @property
     def variant(self) -> Variant | None:
@@ -265,9 +267,11 @@ class Board:
             self._adopt(hello)
 
     def _adopt(self, hello: Hello) -> None:
-        if hello.rollback and (self._hello is None or self._hello.trial is not None):
+        rolled_back = (hello.rollback, *(slot.sha256 for slot in hello.slots if slot.state == SlotState.BAD))
+        if hello.rollback and rolled_back != self._rolled_back:
             why = hello.rollback.words if isinstance(hello.rollback, Rollback) else str(hello.rollback)
             log.warning("board took its last model back", extra=self._about(why))
+        self._rolled_back = rolled_back
         self._hello = hello
         if hello.trial is not None and self._session is not None and not self._is_settling():
             settling = settle_trial(

@@ -155,7 +155,7 @@ struct Manifest {
   // kManifestSize bytes (kManifestSize1 in format 1), with a signature of zeros if there is none.
   void write(Writer& out) const;
   size_t signed_size() const {
-    return format == 1 ? kManifestHead : kManifestHead + kBoardClass + kOperatorBits;
+    return format <= 1 ? kManifestHead : kManifestHead + kBoardClass + kOperatorBits;
   }
   uint64_t image_length() const { return static_cast<uint64_t>(model_length) + selftest_length; }
 };

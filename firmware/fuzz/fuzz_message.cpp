@@ -24,7 +24,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     uint8_t written[edge::kManifestSize];
     edge::Writer out(written, sizeof written);
     manifest.write(out);
-    if (!out.ok() || memcmp(written, body, edge::kManifestSigned) != 0) abort();
+    if (!out.ok() || memcmp(written, body, manifest.signed_size()) != 0) abort();
   }
   free(copy);
   return 0;

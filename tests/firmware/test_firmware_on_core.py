@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-
-
 from board import Chosen
 from emulated import EmulatedCore
 from qemu import Machine, build

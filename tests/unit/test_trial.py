@@ -22,6 +22,7 @@ from fake_mcu import (
     pass_time,
     virtual_time,
 )
+from fake_update import MODEL
 
 from agent.core.errors import LinkError
 from agent.link.push import ModelImage, push_model
@@ -242,3 +243,15 @@ async def test_a_rollback_that_cannot_be_asked_for_is_told() -> None:
         await push_model(session, IMAGE, LoopClock())
     await pass_time(DECIDE_TIMEOUT_S)
     assert_clean(session)
+
+
+@virtual_time
+async def test_the_same_model_under_another_counter_is_not_mistaken_for_a_confirmed_one() -> None:
+    mcu = FakeMcu(HELLO_1_1, compute_s=2.0)
+    session, _ = await opened(mcu)
+    pushing = asyncio.create_task(push_model(session, replace(IMAGE, model=MODEL), LoopClock()))
+    await pass_time(1)
+    assert session.hello.trial is not None and session.hello.trial.sha256 == MODEL_SHA256
+    mcu.boot(ResetCause.POWER_ON)
+    with pytest.raises(TrialFailed, match=r"was reset before the model was confirmed.*\(counter 7\) runs again"):
+        await pushing

@@ -6,7 +6,6 @@ after a change of the protocol; `--check` compares instead of writing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cobs import cobs
+from updates import SHA_A, SHA_B, UPDATE_ENCODE, UPDATE_MESSAGES, pattern
 
 TARGET = Path(__file__).with_name("frames.json")
 
@@ -59,11 +59,6 @@ ABOUT = [
 ]
 
 
-def pattern(length: int, seed: int = 0) -> bytes:
-    """Bytes with zeros and long runs without any, so that every kind of COBS group occurs."""
-    return bytes((i * 7 + seed) % 251 for i in range(length))
-
-
 def decoded(type_: int, flags: int, seq: int, id_: int, payload: bytes) -> bytes:
     head = struct.pack("<BBHI", type_, flags, seq, id_) + payload
     return head + struct.pack("<I", zlib.crc32(head))
@@ -88,10 +83,6 @@ def jsonable(value: Any) -> Any:
     return value
 
 
-SHA_A = hashlib.sha256(b"model a").digest()
-SHA_B = hashlib.sha256(b"model b").digest()
-SHA_IMAGE = hashlib.sha256(b"image a").digest()
-
 SLOT_FIELDS = ("index", "state", "length", "sha256", "counter", "input_bytes", "output_bytes", "arena_used")
 
 
@@ -111,28 +102,12 @@ def hello(fields: dict[str, Any]) -> bytes:
     return body
 
 
-def model_begin(fields: dict[str, Any]) -> bytes:
-    names = ("format", "flags", "chunk", "model_length", "selftest_length", "counter", "arena", "selftest_tolerance")
-    body = struct.pack("<BBHIIIIB", *(fields[k] for k in names))
-    body += fields["model_sha256"] + fields["image_sha256"]
-    if fields["format"] >= 2:
-        bits = sum(1 << code for code in fields["operators"])
-        body += fields["board"].encode().ljust(16, b"\0") + bits.to_bytes(16, "little")
-    body += bytes([fields["signature_kind"]])
-    return body + fields.get("signature", b"")
-
-
-def model_status(fields: dict[str, Any]) -> bytes:
-    names = ("slot", "state", "chunk", "length", "received", "next", "bitmap", "image_sha256")
-    return struct.pack("<BBHIII32s32s", *(fields[k] for k in names))
-
-
 def stats(fields: dict[str, Any]) -> bytes:
     values = fields["values"]
     return bytes([len(values)]) + b"".join(struct.pack("<BQ", i, v) for i, v in values)
 
 
-ENCODE: dict[str, Any] = {
+ENCODE: dict[str, Any] = UPDATE_ENCODE | {
     "HELLO_REQ": lambda f: struct.pack("<BBH", f["major"], f["minor"], f["max_frame"]),
     "HELLO": hello,
     "PING": lambda f: f["data"],
@@ -141,14 +116,6 @@ ENCODE: dict[str, Any] = {
     "RESULT": lambda f: f["model"] + struct.pack("<II", f["queue_us"], f["compute_us"]) + f["outputs"],
     "CANCEL": lambda f: b"",
     "RESET": lambda f: b"",
-    "MODEL_BEGIN": model_begin,
-    "MODEL_CHUNK": lambda f: struct.pack("<I", f["offset"]) + f["data"],
-    "MODEL_COMMIT": lambda f: bytes([f["flags"]]) if f["flags"] else b"",
-    "MODEL_CONFIRM": lambda f: f["model"],
-    "MODEL_ROLLBACK": lambda f: f["model"],
-    "MODEL_ABORT": lambda f: b"",
-    "MODEL_QUERY": lambda f: b"",
-    "MODEL_STATUS": model_status,
     "STATS_REQ": lambda f: b"",
     "STATS": stats,
     "LOG": lambda f: bytes([f["level"]]) + f["text"].encode(),
@@ -185,30 +152,6 @@ HELLO_FULL = {
     "operators": [0, 3, 4, 9, 25, 114],
     "slots": [ACTIVE_SLOT, EMPTY_SLOT],
 }
-BEGIN = {
-    "format": 1,
-    "flags": 0,
-    "chunk": 1072,
-    "model_length": 20480,
-    "selftest_length": 74,
-    "counter": 8,
-    "arena": 9216,
-    "selftest_tolerance": 1,
-    "model_sha256": SHA_B,
-    "image_sha256": SHA_IMAGE,
-    "signature_kind": 0,
-}
-STATUS = {
-    "slot": 1,
-    "state": 1,
-    "chunk": 1072,
-    "length": 20554,
-    "received": 3216,
-    "next": 2144,
-    "bitmap": bytes([0b10]) + bytes(31),
-    "image_sha256": SHA_IMAGE,
-}
-
 MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
     ("hello_req", "HELLO_REQ", {"major": 1, "minor": 0, "max_frame": 4096}),
     ("hello_full", "HELLO", HELLO_FULL),
@@ -243,33 +186,7 @@ MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
     ("result", "RESULT", {"model": SHA_A[:8], "queue_us": 120, "compute_us": 4800, "outputs": bytes(range(246, 256))}),
     ("cancel", "CANCEL", {}),
     ("reset", "RESET", {}),
-    ("model_begin_unsigned", "MODEL_BEGIN", BEGIN),
-    ("model_begin_signed", "MODEL_BEGIN", BEGIN | {"flags": 1, "signature_kind": 1, "signature": pattern(64, 3)}),
-    ("model_chunk", "MODEL_CHUNK", {"offset": 2144, "data": pattern(1072, 9)}),
-    (
-        "model_begin_format_2",
-        "MODEL_BEGIN",
-        BEGIN
-        | {"format": 2, "board": "mps2-an386", "operators": [9, 22, 25, 127], "signature_kind": 1}
-        | {"signature": pattern(64, 5)},
-    ),
-    (
-        "model_begin_for_any_board",
-        "MODEL_BEGIN",
-        BEGIN | {"format": 2, "board": "", "operators": []},
-    ),
-    ("model_commit", "MODEL_COMMIT", {"flags": 0}),
-    ("model_commit_trial", "MODEL_COMMIT", {"flags": 1}),
-    ("model_confirm", "MODEL_CONFIRM", {"model": SHA_B[:8]}),
-    ("model_rollback", "MODEL_ROLLBACK", {"model": SHA_B[:8]}),
-    ("model_abort", "MODEL_ABORT", {}),
-    ("model_query", "MODEL_QUERY", {}),
-    ("model_status", "MODEL_STATUS", STATUS),
-    (
-        "model_status_none",
-        "MODEL_STATUS",
-        dict.fromkeys(STATUS, 0) | {"slot": 0xFF, "bitmap": bytes(32), "image_sha256": bytes(32)},
-    ),
+    *UPDATE_MESSAGES,
     ("stats_req", "STATS_REQ", {}),
     ("stats", "STATS", {"values": [[1, 123_456_789_012], [2, 10], [200, 0xFFFFFFFFFFFFFFFF]]}),
     ("stats_empty", "STATS", {"values": []}),
