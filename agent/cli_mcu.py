@@ -86,6 +86,12 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     bench = actions.add_parser("bench", parents=[line], help="round trips and throughput beside their floors")
     bench.add_argument("--rounds", type=_positive, default=500, metavar="N", help="of each measurement (default 500)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    bench.add_argument(
+        "--push",
+        type=_positive,
+        metavar="KIB",
+        help="also time an image of KIB KiB into the slot that is not active; what is there is lost",
+    )
 
     stream = actions.add_parser("stream", parents=[line], help="what the board samples itself, line by line")
     stream.add_argument("--seconds", type=_positive, default=10, metavar="N", help="how long (default 10)")

@@ -13,6 +13,7 @@ from agent.core.errors import EdgeAgentError
 from agent.link.calls import RemoteError
 from agent.link.push import ModelImage, push_model
 from agent.link.session import Session
+from agent.registry.model_validator import ModelInvalid, validate_model
 from agent.registry.signing import PrivateKey, PublicKey, SignedManifest, SigningError, load_public
 from agent.wire.codes import Capability, ErrorCode, SlotState, name_of
 from agent.wire.update import ALLOW_LOWER_COUNTER
@@ -90,6 +91,7 @@ async def push(session: Session, args: argparse.Namespace, clock: Clock) -> None
         print(f"{name}: already active in slot {active.index}, nothing was written; --force sends it again")
         return
     _allowed(session, plan)
+    _validated(session, image, name)
     print(f"{name}: {len(image.model)} bytes, self-test {len(image.selftest)} bytes, counter {image.counter}", end="")
     print(f", signed with key {plan.key_id}" if plan.key_id else ", not signed")
     began = clock.monotonic()
@@ -147,6 +149,17 @@ def _allowed(session: Session, plan: Plan) -> None:
         raise SigningError(f"{why}: sign it with edge-agent models sign, or give --key FILE")
     if plan.key_id and not verifies:
         print("note: this board does not verify signatures, and takes the model unchecked")
+
+
+def _validated(session: Session, image: ModelImage, name: str) -> None:
+    """Raises `ModelInvalid` for what the board would refuse once it had received all of it."""
+    hello = session.hello
+    if not hello.operators:
+        return  # it has no engine, and says so itself
+    try:
+        validate_model(image.model, hello.operators, hello.max_message)
+    except ModelInvalid as refused:
+        raise ModelInvalid(f"{name}: not sent, the board would refuse it: {refused}", refused.code) from None
 
 
 def _explained(error: RemoteError, plan: Plan) -> EdgeAgentError:

@@ -157,7 +157,7 @@ async def _deliver(
         if status.image_sha256 != manifest.image_sha256 or status.length != len(data):
             raise ProtocolError("MODEL_STATUS shows another image than the one that was begun")
         progress(status.received, len(data))
-        await _send_chunks(session, data, status, clock, progress)
+        await send_chunks(session, data, status, clock, progress)
         try:
             committed = await step(session, ModelCommit(COMMIT_TRIAL), COMMIT_TIMEOUT_S, clock)
         except RemoteError as error:
@@ -178,10 +178,13 @@ async def _active(session: Session, manifest: ModelBegin, clock: Clock) -> Slot 
     return active if active is not None and active.sha256 == manifest.model_sha256 else None
 
 
-async def _send_chunks(
+async def send_chunks(
     session: Session, data: bytes, status: ModelStatus, clock: Clock, progress: Callable[[int, int], None]
 ) -> None:
-    """All that is missing, a window of them at a time. One place is left to inferences."""
+    """All that is missing after MODEL_BEGIN's `status`, a window of them at a time; one place is left to inferences.
+
+    `progress` is told bytes received by the MCU and bytes in all. Raises as `Session.request`.
+    """
     missing: Iterator[int] = status.missing()
     under_way: set[asyncio.Task[ModelStatus]] = set()
     done: set[asyncio.Task[ModelStatus]] = set()

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "core/bytes.h"
+#include "core/limits.h"
 
 namespace edge::flatbuffer {
 
@@ -16,6 +17,7 @@ class Buffer {
   explicit Buffer(Span span) : span_(span), ok_(span.size <= INT32_MAX) {}
 
   bool ok() const { return ok_; }
+  const uint8_t* at(uint32_t position) const { return span_.data + position; }
   void fail() { ok_ = false; }
 
   // True if `count` items of `width` bytes fit at `at`.
@@ -81,7 +83,8 @@ class Table {
     vtable_size_ = buffer->scalar(vtable_, 2);
     table_size_ = buffer->scalar(vtable_ + 2, 2);
     const bool sane = vtable_size_ >= 4 && vtable_size_ % 2 == 0 && table_size_ >= 4;
-    if (!sane || !buffer->inside(vtable_, vtable_size_, 1) || !buffer->inside(at, table_size_, 1))
+    if (!sane || vtable_size_ > 4 + 2 * kMaxTableFields || !buffer->inside(vtable_, vtable_size_, 1) ||
+        !buffer->inside(at, table_size_, 1))
       buffer->fail();
     for (uint32_t field = 4; buffer->ok() && field < vtable_size_; field += 2) {
       const uint32_t offset = buffer->scalar(vtable_ + field, 2);

@@ -91,6 +91,9 @@ constexpr size_t kMaxOperatorCodes = 64;
 constexpr size_t kMaxBuffers = 1024;
 constexpr size_t kMaxRank = 6;
 constexpr size_t kMaxModelIo = 8;
+constexpr size_t kMaxTableFields =
+    64;  // the schema's widest table has 13; bounds the time that a crafted file takes
+constexpr size_t kMaxChannels = 4096;  // quantized one by one
 
 // Tables of 1 KiB for the CRC, and bytes taken at a time: 1, or 4 to 8 where flash is plenty. 0 does with 64
 // bytes and half a byte at a time.

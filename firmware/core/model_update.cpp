@@ -51,7 +51,11 @@ Status ModelUpdate::begin(Span body) {
 }
 
 Status ModelUpdate::fits(const Manifest& manifest) {
-  if (manifest.board[0] != '\0' && strncmp(manifest.board, hal_.board_name(), kBoardClass) != 0) {
+  const char* board = hal_.board_name();
+  const size_t length = strnlen(board, kBoardClass);
+  const bool same =
+      memcmp(manifest.board, board, length) == 0 && (length == kBoardClass || manifest.board[length] == '\0');
+  if (manifest.board[0] != '\0' && !same) {
     return {Code::kBoard, hal_.board_name()};
   }
   uint8_t lacks[kOperatorBits];

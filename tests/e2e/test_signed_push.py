@@ -230,3 +230,15 @@ async def test_a_daemon_confirms_what_a_dead_push_left_behind(start: Start) -> N
     session = await opened(board.port)
     assert session.hello.trial is None and session.hello.active is not None
     session.close()
+
+
+def test_a_model_that_the_board_would_refuse_is_not_sent(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    board = start()
+    broken = tmp_path / "cut.tflite"
+    broken.write_bytes((ROOT / "models/digits/mcu-int8.tflite").read_bytes()[:2000])
+    before = (tmp_path / "flash").read_bytes()
+    assert cli.main(["mcu", "push", str(broken), "--port", board.port]) == 1
+    assert "not sent, the board would refuse it: " in capsys.readouterr().err
+    assert (tmp_path / "flash").read_bytes() == before

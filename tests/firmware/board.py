@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 from cobs import cobs
 
@@ -166,6 +167,26 @@ class FakeEngine:
         return bytes(inputs[i % len(inputs)] ^ 0x5A for i in range(size))
 
 
+class Core(Protocol):
+    """Where the firmware of a `Board` runs: in this process, or on the emulated Cortex-M (emulated.py)."""
+
+    def flash(self) -> MemoryFlash: ...
+    def engine(self) -> FakeEngine: ...
+    def mcu(self, hardware: Hardware, reset_cause: int) -> Mcu: ...
+
+
+class HostCore:
+    flash = MemoryFlash
+    engine = FakeEngine
+    mcu = Mcu
+
+
+class Chosen:
+    """What boards are made on now; a module of tests may change it."""
+
+    core: Core = HostCore()
+
+
 class Board:
     """The firmware, booted. `ask` is one exchange; `boot` is a reset with the same flash."""
 
@@ -178,8 +199,8 @@ class Board:
         with_engine: bool = True,
         sample: Callable[[int, int], bytes | None] | None = None,
     ) -> None:
-        self.flash = flash or MemoryFlash()
-        self.engine = engine or FakeEngine()
+        self.flash = flash or Chosen.core.flash()
+        self.engine = engine or Chosen.core.engine()
         self.now_us = 0
         self.resets = 0
         self.line = Receiver()
@@ -205,7 +226,7 @@ class Board:
         self.close()
         self.flash.power_on()
         self.line = Receiver()
-        self._mcu = Mcu(self._hardware, cause)
+        self._mcu = Chosen.core.mcu(self._hardware, cause)
 
     def close(self) -> None:
         if self._mcu:

@@ -23,7 +23,7 @@ if prefix:
 env.ProcessFlags(env.get("BUILD_FLAGS"))
 env.ProcessUnFlags(env.get("BUILD_UNFLAGS"))
 # A sanitizer, a core, an FPU and what optimises are flags of the linker too, which PlatformIO does not know.
-also_linked = ("-f", "-m", "-O", "-nostartfiles", "--specs")
+also_linked = ("-f", "-m", "-O", "-nostartfiles", "--specs", "--coverage")
 env.Append(LINKFLAGS=[flag for flag in env.get("CCFLAGS", []) if str(flag).startswith(also_linked)])
 
 library = []
@@ -43,10 +43,11 @@ elif kind == "image":
     import image
 
     # Optimised as a whole, but for the engine: what the library takes is told by its objects (image.py). Unbridled,
-    # that would put the locals of a whole call chain on the stack at once.
+    # that would put the locals of a whole call chain on the stack at once. The others each save a hundred bytes or two.
+    flags = ["-flto", "-fconserve-stack", "-fno-tree-loop-distribute-patterns", "-fno-partial-inlining"]
     whole = env.Clone()
-    whole.Append(CCFLAGS=["-flto", "-fconserve-stack"])
-    env.Append(LINKFLAGS=["-flto", "-flto-partition=one", "-fconserve-stack"])
+    whole.Append(CCFLAGS=flags)
+    env.Append(LINKFLAGS=[*flags, "-flto-partition=one"])
     sources = [(env if "/engine/" in str(source) else whole).Object(source) for source in sources]
     env.Append(
         LINKFLAGS=[
