@@ -17,6 +17,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, fie
 from agent.config.base import NAME_PATTERN, TOPIC_PATTERN, ClassName, Name, Priority, Section, Substituted, Topic
 from agent.config.broker import BrokerSection, check_broker_url, check_topic_filter
 from agent.config.doors import HttpSection, MqttSection, SensorSection
+from agent.config.overload import ClassShares, LimitSection, OverloadSection, WaitingSection
 from agent.config.routing import (
     BreakerSection,
     LatencyThresholds,
@@ -32,6 +33,7 @@ __all__ = [
     "BreakerSection",
     "BrokerSection",
     "ClassName",
+    "ClassShares",
     "CloudSection",
     "Config",
     "FallbackSection",
@@ -40,12 +42,14 @@ __all__ = [
     "HttpSection",
     "LaneSection",
     "LatencyThresholds",
+    "LimitSection",
     "McuSection",
     "ModelSizeThresholds",
     "ModelsSection",
     "MonitoringSection",
     "MqttSection",
     "Name",
+    "OverloadSection",
     "ParameterThresholds",
     "Priority",
     "RoutingSection",
@@ -53,6 +57,7 @@ __all__ = [
     "SensorSection",
     "Substituted",
     "Topic",
+    "WaitingSection",
     "check_broker_url",
     "check_topic_filter",
 ]

@@ -7,6 +7,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from agent.config.base import Section
+from agent.config.overload import OverloadSection
 
 
 class LatencyThresholds(Section):
@@ -79,4 +80,5 @@ class RoutingSection(Section):
     parameter_thresholds: ParameterThresholds = ParameterThresholds()
     breaker: BreakerSection = BreakerSection()
     max_in_flight: int = Field(default=256, ge=1, le=100_000)
-    """Requests in the daemon at once; one more is refused with `overloaded`."""
+    """Requests in the daemon at once; further ones wait in line, or are refused with `overloaded`."""
+    overload: OverloadSection = OverloadSection()

@@ -114,9 +114,7 @@ class Client:
     async def exchange(self, method: str, path: str, payload: bytes) -> Mapping[str, Any]:
         """Raises `CannotMeasure` if the daemon closes the connection."""
         async with self._places:
-            reader, writer = (
-                self._free.pop() if self._free else await asyncio.open_connection("127.0.0.1", self._port)
-            )
+            reader, writer = self._free.pop() if self._free else await asyncio.open_connection("127.0.0.1", self._port)
             head = (
                 f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
                 f"Content-Length: {len(payload)}\r\n\r\n"

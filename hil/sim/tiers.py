@@ -1,8 +1,8 @@
 """Times of every tier and variant: measured on the real daemon, kept as quantiles, drawn from by the simulator.
 
-`edge-agent bench tiers --json FILE` measures them; the file that ships beside this module is what `edge-agent simulate`
-and `edge-agent bench routing` use. Each variant is asked alone, one request after the other, so that nothing waits: what
-waiting adds is the simulator's part.
+`edge-agent bench tiers --json FILE` measures them; the file that ships beside this module is what `edge-agent
+simulate` and `edge-agent bench routing` use. Each variant is asked alone, one request after the other, so that nothing
+waits: what waiting adds is the simulator's part.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ SCHEMA = 1
 MEASURED = Path(__file__).with_name("tiers.json")
 QUANTILES = 201
 """Points of each distribution: every half per cent, and both ends."""
-WARM_UP = 20
+ROUNDS = 10
+"""The variants take turns, so that a noisy neighbour hits all of them; one more round before them warms up."""
 PAUSE_S = 0.005
 TIERS: Mapping[str, Tier] = {"edge_mcu": Tier.EDGE_MCU, "edge_gpu": Tier.EDGE_GPU, "cloud": Tier.CLOUD_GPU}
 
@@ -125,26 +126,29 @@ def measure(samples: int) -> Times:
 
 async def _measure(port: int, catalog: Catalog, samples: int) -> Times:
     client = stack.Client(port)
+    plays = [(family, variant) for family in catalog.families.values() for variant in family.variants.values()]
+    replies: dict[str, list[Mapping[str, Any]]] = {variant.name: [] for _, variant in plays}
+    for turn in range(-1, ROUNDS):
+        for family, variant in plays:
+            found = await _ask(client, catalog, family, variant, turn, max(1, samples // ROUNDS))
+            if turn >= 0:
+                replies[variant.name] += found
+    client.close()
     variants: dict[str, VariantTimes] = {}
     rest: list[float] = []
-    for family in catalog.families.values():
-        for variant in family.variants.values():
-            replies = await _ask(client, catalog, family, variant, samples)
-            timing = [reply["timing_ms"] for reply in replies]
-            elapsed = [reply["attempts"][-1]["elapsed_ms"] / 1e3 for reply in replies]
-            service = [one["compute"] / 1e3 for one in timing]
-            variants[variant.name] = VariantTimes(
-                Spread.of(service),
-                Spread.of([max(0.0, took - busy) for took, busy in zip(elapsed, service, strict=True)]),
-            )
-            rest += [max(0.0, one["total"] / 1e3 - took) for one, took in zip(timing, elapsed, strict=True)]
-    client.close()
+    for name, found in replies.items():
+        timing = [reply["timing_ms"] for reply in found]
+        elapsed = [reply["attempts"][-1]["elapsed_ms"] / 1e3 for reply in found]
+        service = [one["compute"] / 1e3 for one in timing]
+        link = [max(0.0, took - busy) for took, busy in zip(elapsed, service, strict=True)]
+        variants[name] = VariantTimes(Spread.of(service), Spread.of(link))
+        rest += [max(0.0, one["total"] / 1e3 - took) for one, took in zip(timing, elapsed, strict=True)]
     network = {"delay_ms": stack.CLOUD_DELAY_MS, "jitter_ms": stack.CLOUD_JITTER_MS, "baud": stack.BAUD}
     return Times(_described(machine.facts()), network, Spread.of(rest), variants)
 
 
 async def _ask(
-    client: stack.Client, catalog: Catalog, family: Family, variant: Variant, samples: int
+    client: stack.Client, catalog: Catalog, family: Family, variant: Variant, turn: int, samples: int
 ) -> list[Mapping[str, Any]]:
     """One after the other; held-out samples in turn. Raises `CannotMeasure` if another tier answered."""
     inputs, _ = heldout(catalog.root / family.data.heldout)
@@ -152,13 +156,12 @@ async def _ask(
     about = {"model": family.name, "variant": variant.id, "latency_class": "batch"}
     wanted = TIERS[variant.targets[0]].value
     replies = []
-    for number in range(-WARM_UP, samples):
-        payload = stack.body(about, name, inputs[number % len(inputs)])
+    for number in range(samples):
+        payload = stack.body(about, name, inputs[(turn * samples + number) % len(inputs)])
         reply = (await client.infer(payload)).document
         if reply.get("tier") != wanted:
             raise CannotMeasure(f"{variant.name}: answered by {reply.get('tier')}: {reply.get('error')}")
-        if number >= 0:
-            replies.append(reply)
+        replies.append(reply)
         await asyncio.sleep(PAUSE_S)
     return replies
 
