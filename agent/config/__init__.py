@@ -24,6 +24,7 @@ from agent.config.routing import (
     ModelSizeThresholds,
     ParameterThresholds,
     RoutingSection,
+    UtilityWeights,
 )
 from agent.config.tiers import CloudSection, GpuSection, LaneSection, McuSection
 
@@ -57,6 +58,7 @@ __all__ = [
     "SensorSection",
     "Substituted",
     "Topic",
+    "UtilityWeights",
     "WaitingSection",
     "check_broker_url",
     "check_topic_filter",
