@@ -45,7 +45,7 @@ class LimitSection(Section):
     """False: always `max_concurrent`."""
     tolerance: float = Field(default=2.0, ge=1, le=10)
     """Times by which an attempt may take longer than usual before the limit is lowered."""
-    minimum: int = Field(default=1, ge=1, le=1000)
+    minimum: int = Field(default=2, ge=1, le=1000)
     smoothing: float = Field(default=0.2, gt=0, le=1)
     """Part of a change that one attempt makes."""
     backoff: float = Field(default=0.9, gt=0, lt=1)

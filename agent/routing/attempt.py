@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from agent.core.clock import Clock
@@ -35,6 +36,8 @@ class TargetState:
     failures: int = 0
     was_available: bool = False
     times: dict[str, TargetTimes] = field(default_factory=dict)
+    on_free: Callable[[], None] | None = None
+    """Called when an attempt has ended, whatever came of it."""
 
     @classmethod
     def of(cls, target: Target, breaker: Breaker, limit: Limit | None = None) -> TargetState:
@@ -68,7 +71,7 @@ class Asking:
         if self.budgets is not None and state.traits.tier.is_cloud:
             estimate = state.estimate(variant, started)
             self.budgets.spend(state.traits.name, state.traits.cost_usd, estimate.bytes, started)
-        others = state.in_flight
+        others, usual_s = state.in_flight, state.times_of(variant).estimate(started, 0, 1).p50_s
         state.in_flight += 1
         state.requests += 1
         probe = state.breaker.began(started)
@@ -91,14 +94,17 @@ class Asking:
         else:
             now = self.clock.monotonic()
             state.breaker.succeeded()
-            state.limit.observe(now, latency_s=now - started, in_flight=others, ok=True)
+            state.limit.observe(now, latency_s=now - started, usual_s=usual_s, in_flight=others, ok=True)
             state.times_of(variant).observe(now, service_s=answer.compute_s, link_s=answer.link_s)
             return answer, record(state, variant, "ok", now - started)
         finally:
             state.in_flight -= 1
+            if state.on_free is not None:
+                state.on_free()
         now = self.clock.monotonic()
-        overloaded = isinstance(error, TargetTimeout | TargetBusy)
-        state.limit.observe(now, latency_s=now - started, in_flight=others, ok=not overloaded)
+        patient = until - started >= usual_s
+        overloaded = isinstance(error, TargetBusy) or (patient and isinstance(error, TargetTimeout))
+        state.limit.observe(now, latency_s=now - started, usual_s=usual_s, in_flight=others, ok=not overloaded)
         count_failure(
             state, state.times_of(variant), error, probe, now, waited_s=now - started, given_s=until - started
         )

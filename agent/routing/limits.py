@@ -42,39 +42,39 @@ class Shares:
         return max(1, min(of - 1, ceil(share * of)))
 
 
-class Limit:
-    """Of one target."""
+class AdaptiveLimit:
+    """Of one target: a `routing.decision.Limit`."""
 
-    __slots__ = ("_calm_until", "_ceiling", "_floor", "_limit", "_settings", "drops")
+    __slots__ = ("_calm_until", "_ceiling", "_floor", "_limit", "_settings", "_shares")
 
-    def __init__(self, settings: LimitSection, ceiling: int) -> None:
+    def __init__(self, settings: LimitSection, shares: Shares, ceiling: int) -> None:
         self._settings = settings
+        self._shares = shares
         self._ceiling = float(ceiling)
         self._floor = float(min(settings.minimum, ceiling))
         self._limit = float(ceiling)
         self._calm_until = float("-inf")
-        self.drops = 0
 
     @property
     def places(self) -> int:
         """Attempts that may be in flight."""
         return int(self._limit)
 
-    def succeeded(self, took_s: float, usual_s: float, in_flight: int) -> None:
-        """An attempt took `took_s`, where such attempts usually take `usual_s`; `in_flight` counts it."""
-        if not self._settings.adaptive or 2 * in_flight < self.places or took_s <= 0.0 or usual_s <= 0.0:
-            return
-        settings = self._settings
-        gradient = max(STEEPEST, min(1.0, settings.tolerance * usual_s / took_s))
-        wanted = self._limit * gradient + sqrt(self._limit)
-        self._set((1.0 - settings.smoothing) * self._limit + settings.smoothing * wanted)
+    def limit(self, now: float, latency_class: LatencyClass) -> int:
+        return self._shares.places(latency_class, int(self._limit))
 
-    def dropped(self, now: float, usual_s: float) -> None:
-        """An attempt timed out, or was refused because the target is full."""
-        self.drops += 1
-        if self._settings.adaptive and now >= self._calm_until:
-            self._calm_until = now + usual_s
-            self._set(self._limit * self._settings.backoff)
+    def observe(self, now: float, *, latency_s: float, usual_s: float, in_flight: int, ok: bool) -> None:
+        if not self._settings.adaptive:
+            return
+        if not ok:
+            if now >= self._calm_until:
+                self._calm_until = now + usual_s
+                self._set(self._limit * self._settings.backoff)
+        elif 2 * (in_flight + 1) >= self._limit and latency_s > 0.0 and usual_s > 0.0:
+            gradient = max(STEEPEST, min(1.0, self._settings.tolerance * usual_s / latency_s))
+            wanted = self._limit * gradient + sqrt(self._limit)
+            smoothing = self._settings.smoothing
+            self._set((1.0 - smoothing) * self._limit + smoothing * wanted)
 
     def _set(self, limit: float) -> None:
         self._limit = max(self._floor, min(self._ceiling, limit))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Hashable
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Any, Final, TypeVar
 
 from agent.config import OverloadSection
 from agent.core.clock import Clock
@@ -18,6 +18,9 @@ from agent.core.errors import Overloaded
 from agent.core.types import InferenceRequest
 from agent.routing.limits import Shares
 from agent.routing.line import Line, Ticket
+from agent.routing.router import NoAnswer
+
+T = TypeVar("T")
 
 RATE_WINDOW: Final = 64
 """Finished requests from which the rate of the daemon is taken."""
@@ -39,6 +42,35 @@ class RequestQueue:
         self._in_service = 0
         self._counts = {"waited": 0, "refused_full": 0, "refused_evicted": 0, "refused_deadline": 0}
 
+    async def run(
+        self,
+        request: InferenceRequest,
+        ask: Callable[[], Awaitable[T]],
+        *,
+        full: Callable[[], bool],
+        needed_s: Callable[[], float],
+    ) -> tuple[T, float]:
+        """What `ask` returns, once there is a place for it; and the seconds waited for one.
+
+        `full` says that nothing but full targets stands in its way now; `needed_s` is the least that an answer takes:
+        waiting ends that much before the deadline. Raises `Overloaded`, and what `ask` raises.
+        """
+        waited_s = await self.enter(request)
+        placed = True
+        try:
+            while True:
+                try:
+                    return await ask(), waited_s
+                except NoAnswer as failure:
+                    if failure.attempts or not failure.busy:
+                        raise
+                placed = False
+                waited_s += await self._again(request, lambda: not full(), needed_s())
+                placed = True
+        finally:
+            if placed:
+                self.leave()
+
     async def enter(self, request: InferenceRequest) -> float:
         """Take one of the daemon's places, after waiting for it if need be: returns the seconds waited.
 
@@ -49,11 +81,10 @@ class RequestQueue:
             return 0.0
         return await self._wait(request, lambda: True, 0.0)
 
-    async def again(self, request: InferenceRequest, fits: Fits, needed_s: float) -> float:
+    async def _again(self, request: InferenceRequest, fits: Fits, needed_s: float) -> float:
         """Give the place up until `fits` says that some target has room; returns the seconds waited, with a place.
 
-        `needed_s` is the least that an answer takes: the wait ends that much before the deadline. Raises `Overloaded`;
-        then the place is gone, and `leave` must not be called.
+        Raises `Overloaded`; then the place is gone.
         """
         self._in_service -= 1
         return await self._wait(request, fits, needed_s)

@@ -117,6 +117,29 @@ class Router:
         """Whether any target can be asked now."""
         return any(state.target.availability().available for state in self._states.values())
 
+    def on_free(self, told: Callable[[], None]) -> None:
+        """Be told whenever an attempt has ended, so that some target may have room."""
+        for state in self._states.values():
+            state.on_free = told
+
+    def full(self, request: InferenceRequest, family: Family) -> bool:
+        """Whether nothing but full targets stands in the way of an answer now."""
+        decision, _ = self.decide(request, family, self._clock.monotonic())
+        return not decision.ranked and Constraint.BUSY in decision.excluded.values()
+
+    def quickest_s(self, request: InferenceRequest, family: Family) -> float:
+        """The least that an answer usually takes, of whatever target can be asked at all; 0 if none can."""
+        now = self._clock.monotonic()
+        return min(
+            (
+                state.times_of(variant).estimate(now, 0, 1).p50_s
+                for state in self._states.values()
+                if state.target.availability().available
+                for variant in state.target.variants_for(family, request.variant)
+            ),
+            default=0.0,
+        )
+
     def decide(
         self,
         request: InferenceRequest,
@@ -217,7 +240,7 @@ class Router:
             order=traits.order,
             variant="" if variant is None else variant.id,
             in_flight=state.in_flight,
-            limit=state.limit.limit(now),
+            limit=state.limit.limit(now, request.latency_class),
             estimate=estimate,
             model_bytes=variant.bytes if variant is not None else 0,
             max_bytes=traits.max_bytes,
@@ -243,7 +266,7 @@ class Router:
             return Constraint.UNAVAILABLE, availability.reason or "unavailable"
         if not state.breaker.allows(now):
             return Constraint.BREAKER, _breaker_reason(state.breaker, now)
-        if state.in_flight >= state.limit.limit(now):
+        if state.in_flight >= state.limit.limit(now, request.latency_class):
             return Constraint.BUSY, "busy"
         estimate = state.estimate(variant, now)
         over = self._over_budget(state, estimate, request, now)

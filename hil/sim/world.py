@@ -67,6 +67,7 @@ def standard_places(catalog: Catalog) -> tuple[Place, ...]:
         cost_usd=0.0004,
         parallel=100,
         prior_s=0.05,
+        metered=True,
     )
     return Place(mcu, 1, serial=True), Place(gpu, 2), Place(cloud, CLOUD_SERVERS)
 
@@ -114,6 +115,7 @@ class SimTarget:
         self._kind = KINDS[place.traits.tier]
         self._world = world
         self._queues: dict[str, _Queue] = {}
+        self._variants: dict[tuple[str, str | None], tuple[Variant, ...]] = {}
         self.weather = Weather(place.traits.tier, world.faults)
         self.sent = 0
 
@@ -130,8 +132,15 @@ class SimTarget:
     def variant_for(self, family: Family, pinned: str | None) -> Variant | None:
         return family.variant_for(self._kind, pinned)
 
-    def variants_for(self, family: Family) -> Sequence[Variant]:
-        return [variant for variant in family.variants.values() if self._kind in variant.targets]
+    def variants_for(self, family: Family, pinned: str | None) -> Sequence[Variant]:
+        found = self._variants.get((family.name, pinned))
+        if found is None:
+            found = self._variants[family.name, pinned] = tuple(
+                variant
+                for variant in family.variants.values()
+                if self._kind in variant.targets and pinned in (None, variant.id)
+            )
+        return found
 
     def plan(self, number: int, variant: Variant, now: float) -> Plan:
         """What would become of an attempt that began now; nothing changes."""
@@ -148,8 +157,11 @@ class SimTarget:
         if self.weather.gone(now):
             raise TargetUnavailable(GONE.reason)
         self.sent += 1
+        number = self._world.number(request)
+        sent, received = self._world.bytes(self._traits.tier, family.name)
+        self._world.spent_bytes[number] += sent
         silent = self.weather.silent(now)
-        plan = self.plan(self._world.number(request), variant, now)
+        plan = self.plan(number, variant, now)
         if not silent:
             held_s = plan.service_s + (plan.link_s if self.place.serial else 0.0)
             out_s = 0.0 if self.place.serial else plan.link_s / 2
@@ -165,7 +177,7 @@ class SimTarget:
             await asyncio.sleep(plan.lost_s)
             raise TargetUnavailable("was lost while it worked")
         await asyncio.sleep(plan.took_s)
-        sent, received = self._world.bytes(self._traits.tier, family.name)
+        self._world.spent_bytes[number] += received
         return TargetAnswer(
             self._world.outputs(request, family, variant),
             "simulated",
@@ -213,6 +225,8 @@ class World:
         self._sample_of = {
             id(value): index for samples in self.samples.values() for index, value in enumerate(samples.inputs)
         }
+        self.spent_bytes = [0] * self.requests
+        """On metered links, for each request."""
         self.own_s = self.times.daemon.draw(self._uniform("daemon"))
         """What the daemon itself takes, for each request."""
 
