@@ -9,7 +9,8 @@ the youngest first; where the whole line is full, the lowest class does. Whoever
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,7 @@ class Line:
         self._settings = settings
         self._bounds = {kind: int(getattr(settings, kind.value)) for kind in ORDER}
         self._waiting: dict[LatencyClass, list[Ticket]] = {kind: [] for kind in ORDER}
+        self._by_arrival: dict[LatencyClass, OrderedDict[int, Ticket]] = {kind: OrderedDict() for kind in ORDER}
         self._arrivals = 0
         self._passed_over = 0
 
@@ -71,22 +73,25 @@ class Line:
         if len(tickets) >= self._bounds[latency_class]:
             if not tickets or -tickets[-1].rank[0] >= priority:
                 return None, None
-            evicted = tickets.pop()
+            evicted = tickets[-1]
         elif len(self) >= self._settings.total:
             evicted = self._give_way(latency_class, priority)
             if evicted is None:
                 return None, None
+        if evicted is not None:
+            self.leave(evicted)
         self._arrivals += 1
         ticket = Ticket((-priority, self._arrivals), latency_class, holder)
         insort(tickets, ticket)
+        self._by_arrival[latency_class][ticket.number] = ticket
         return ticket, evicted
 
     def leave(self, ticket: Ticket) -> bool:
         """It waits no longer. False if it did not wait any more."""
-        tickets = self._waiting[ticket.latency_class]
-        if ticket not in tickets:
+        if self._by_arrival[ticket.latency_class].pop(ticket.number, None) is None:
             return False
-        tickets.remove(ticket)
+        tickets = self._waiting[ticket.latency_class]
+        del tickets[bisect_left(tickets, ticket)]
         return True
 
     def take(self, fits: Callable[[Ticket], bool]) -> Ticket | None:
@@ -96,7 +101,7 @@ class Line:
             chosen = self._first(fits)
         if chosen is None:
             return None
-        self._waiting[chosen.latency_class].remove(chosen)
+        self.leave(chosen)
         if any(ticket.number < chosen.number for ticket in self._oldest()):
             self._passed_over += 1
         else:
@@ -123,14 +128,14 @@ class Line:
 
     def _oldest(self) -> list[Ticket]:
         """Of each class whoever came first."""
-        return [min(tickets, key=lambda ticket: ticket.number) for tickets in self._waiting.values() if tickets]
+        return [next(iter(tickets.values())) for tickets in self._by_arrival.values() if tickets]
 
     def _give_way(self, latency_class: LatencyClass, priority: int) -> Ticket | None:
         """Out of a full line: the youngest of the lowest priority of the lowest class, if that is below the new one."""
         for kind in reversed(ORDER):
             tickets = self._waiting[kind]
             if kind is latency_class:
-                return tickets.pop() if tickets and -tickets[-1].rank[0] < priority else None
+                return tickets[-1] if tickets and -tickets[-1].rank[0] < priority else None
             if tickets:
-                return tickets.pop()
+                return tickets[-1]
         return None

@@ -107,6 +107,11 @@ class RequestQueue:
                 self._in_service += 1
                 holder.granted.set_result(None)
 
+    @property
+    def waiting(self) -> int:
+        """Requests in line."""
+        return len(self._line)
+
     def status(self) -> dict[str, Any]:
         """For `/status`: plain JSON types."""
         return {"in_service": self._in_service, "places": self._places, "waiting": self._line.counts(), **self._counts}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +16,7 @@ from agent.core.errors import InferenceError
 from agent.core.types import InferenceRequest, InferenceResult, LatencyClass
 from agent.pipeline import Pipeline
 from agent.registry.catalog import Catalog
-from agent.store.cache import ResultCache
+from agent.store.cache import CacheKey, Hit, ResultCache
 from agent.targets.base import Target
 from agent.telemetry.metrics import Metrics
 from hil.sim.answers import Samples
@@ -26,6 +28,7 @@ from hil.sim.strategies import OURS, Strategy
 from hil.sim.tiers import Times
 from hil.sim.world import Place, World
 
+LOOK_EVERY = 100
 PATIENCE_S = 10.0
 """What a strategy that has only one tier is given beyond the deadline: it answers late rather than not at all."""
 
@@ -79,6 +82,8 @@ class Run:
     courses: list[Course] = field(default_factory=list)
     most_in_flight: int = 0
     most_waiting: int = 0
+    most_bytes: int = 0
+    """Resident memory of the process, looked at each time another `LOOK_EVERY` requests are in it."""
     status: Sequence[Mapping[str, object]] = ()
 
 
@@ -125,7 +130,7 @@ class _Player:
         self._clock = world.clock
         targets: list[Target] = list(world.targets.values())
         self._router = strategy.router(targets, config, world)
-        cache = ResultCache(config.fallback, None, world.catalog, world.clock)
+        cache = _Forgetful(config.fallback, None, world.catalog, world.clock)
         self._pipeline = Pipeline(world.catalog, self._router, cache, Metrics(), world.clock, config.routing)
         self._budgets_s = class_budgets(config.routing.latency_thresholds)
         self._run = Run()
@@ -151,6 +156,11 @@ class _Player:
         best = self._hindsight.best(request, received + budget_s)
         outcome: InferenceResult | InferenceError
         right = None
+        if self._pipeline.in_flight >= self._run.most_in_flight:
+            self._run.most_in_flight = self._pipeline.in_flight + 1
+            if self._run.most_in_flight % LOOK_EVERY == 0:
+                self._run.most_bytes = max(self._run.most_bytes, resident_bytes())
+        self._run.most_waiting = max(self._run.most_waiting, self._pipeline.queue.waiting)
         try:
             outcome = await self._pipeline.infer(request)
             right = outcome.label == self._world.samples[kind.family].truth[ask.sample]
@@ -161,11 +171,23 @@ class _Player:
         late = right is None or took_s > budget_s
         got = self._hindsight.worth(bool(right), late, outcome.cost_usd, spent)
         self._run.courses.append(Course(ask, budget_s, took_s, outcome, right, spent, got, best))
-        self._run.most_in_flight = max(self._run.most_in_flight, self._pipeline.in_flight)
 
     def finished(self) -> Run:
         self._run.status = self._router.status()
         return self._run
+
+
+class _Forgetful(ResultCache):
+    """Never knows the same input again: held-out samples are played over and over, which no sensor's readings are.
+    What a producer was last told it knows."""
+
+    def get(self, key: CacheKey) -> Hit | None:
+        return None
+
+
+def resident_bytes() -> int:
+    """Of this process, now (proc(5), statm)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def class_budgets(limits: LatencyThresholds) -> dict[LatencyClass, float]:
