@@ -19,6 +19,7 @@ from agent.config.broker import BrokerSection, check_broker_url, check_topic_fil
 from agent.config.doors import HttpSection, MqttSection, SensorSection
 from agent.config.routing import (
     BreakerSection,
+    ClassWeights,
     LatencyThresholds,
     ModelSizeThresholds,
     ParameterThresholds,
@@ -33,6 +34,7 @@ __all__ = [
     "BreakerSection",
     "BrokerSection",
     "ClassName",
+    "ClassWeights",
     "CloudSection",
     "Config",
     "FallbackSection",
