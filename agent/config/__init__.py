@@ -20,6 +20,7 @@ from agent.config.doors import HttpSection, MqttSection, SensorSection
 from agent.config.overload import ClassShares, LimitSection, OverloadSection, WaitingSection
 from agent.config.routing import (
     BreakerSection,
+    ClassWeights,
     LatencyThresholds,
     ModelSizeThresholds,
     ParameterThresholds,
@@ -35,6 +36,7 @@ __all__ = [
     "BrokerSection",
     "ClassName",
     "ClassShares",
+    "ClassWeights",
     "CloudSection",
     "Config",
     "FallbackSection",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
@@ -125,16 +125,33 @@ class Judged(NamedTuple):
         }
 
 
-@dataclass(slots=True)
 class Decision:
     """`ranked` are the plays in the order in which they are to be tried; `weights` is what the terms were weighed with.
-    `reasons` are for a person."""
+    `reasons` are for a person. What was thought of each candidate is put together when somebody asks for it."""
 
-    policy: str
-    ranked: tuple[Play, ...]
-    reasons: tuple[str, ...]
-    judged: tuple[Judged, ...] = ()
-    weights: Mapping[str, float] = field(default_factory=dict)
+    __slots__ = ("_judge", "_judged", "policy", "ranked", "reasons", "weights")
+
+    def __init__(
+        self,
+        policy: str,
+        ranked: tuple[Play, ...],
+        reasons: tuple[str, ...],
+        weights: Mapping[str, float],
+        judge: Callable[[], tuple[Judged, ...]],
+    ) -> None:
+        self.policy = policy
+        self.ranked = ranked
+        self.reasons = reasons
+        self.weights = weights
+        self._judge = judge
+        self._judged: tuple[Judged, ...] | None = None
+
+    @property
+    def judged(self) -> tuple[Judged, ...]:
+        """Every candidate, those that a constraint ruled out first."""
+        if self._judged is None:
+            self._judged = self._judge()
+        return self._judged
 
     @property
     def excluded(self) -> dict[Play, Constraint]:
@@ -251,6 +268,12 @@ def judged_of(
 def in_order(candidates: Sequence[Candidate]) -> list[Candidate]:
     """So that the order in which candidates are given changes nothing."""
     return sorted(candidates, key=place)
+
+
+def not_asked(refused: Sequence[tuple[Candidate, tuple[Constraint, str]]]) -> list[str]:
+    """One line for each target and reason, in order of the fallback chain."""
+    refused = sorted(refused, key=lambda one: place(one[0]))
+    return list(dict.fromkeys(f"{candidate.target}: not asked: {text}" for candidate, (_, text) in refused))
 
 
 def _ms(seconds: float) -> float | None:

@@ -18,7 +18,7 @@ from agent.core.errors import Overloaded
 from agent.core.types import InferenceRequest
 from agent.routing.limits import Shares
 from agent.routing.line import Line, Ticket
-from agent.routing.router import NoAnswer
+from agent.routing.walk import NoAnswer
 
 T = TypeVar("T")
 

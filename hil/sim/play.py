@@ -169,7 +169,7 @@ class _Player:
         took_s = self._clock.monotonic() - received
         spent = self._world.spent_bytes[ask.number]
         late = right is None or took_s > budget_s
-        got = self._hindsight.worth(bool(right), late, outcome.cost_usd, spent)
+        got = self._hindsight.worth(kind.latency_class, bool(right), late, outcome.cost_usd, spent)
         self._run.courses.append(Course(ask, budget_s, took_s, outcome, right, spent, got, best))
 
     def finished(self) -> Run:

@@ -15,7 +15,8 @@ from agent.registry.catalog import Family, Variant
 from agent.registry.tensors import classify
 from agent.routing.decision import Decision
 from agent.routing.limits import AdaptiveLimit, Shares
-from agent.routing.router import Among, NoAnswer, Routed, Router, Variants
+from agent.routing.router import Among, Router
+from agent.routing.walk import NoAnswer, Routed, Variants
 from agent.targets.base import Target, TargetTraits
 
 if TYPE_CHECKING:
