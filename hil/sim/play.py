@@ -26,7 +26,7 @@ from hil.sim.load import Ask, Load
 from hil.sim.loop import VirtualClock, VirtualLoop, run_virtual
 from hil.sim.strategies import OURS, Strategy
 from hil.sim.tiers import Times
-from hil.sim.world import Place, World
+from hil.sim.world import World, places_of
 
 LOOK_EVERY = 100
 PATIENCE_S = 10.0
@@ -49,7 +49,6 @@ class Scenario:
     load: Load
     faults: Sequence[Fault] = ()
     seed: int = 1
-    places: Sequence[Place] = ()
 
 
 class Course(NamedTuple):
@@ -105,8 +104,8 @@ async def _play(stage: Stage, scenario: Scenario, config: Config, strategy: Stra
         clock,
         requests=max(1, len(asks)),
         seed=scenario.seed,
+        places=places_of(config, stage.catalog, clock),
         faults=scenario.faults,
-        places=scenario.places,
     )
     player = _Player(world, config, strategy)
     running: set[asyncio.Task[None]] = set()

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from agent.config import RoutingSection
+from agent.app import build_targets
+from agent.config import Config
 from agent.core.clock import Clock
 from agent.core.errors import TargetTimeout, TargetUnavailable
 from agent.core.types import InferenceRequest, TargetAnswer, Tier
@@ -51,25 +52,14 @@ class Place:
     serial: bool = False
 
 
-def standard_places(catalog: Catalog) -> tuple[Place, ...]:
-    """One board for each family, the gateway, one cloud lane: what `hil.sim.stack` starts, with the daemon's limits."""
-    sizes = RoutingSection().model_size_thresholds
-    boards = len(catalog.families)
-    mcu = TargetTraits("edge_mcu", Tier.EDGE_MCU, 0, 4 * boards, 0.05, sizes.edge_mcu * 1e6, parallel=boards)
-    gpu = TargetTraits("edge_gpu", Tier.EDGE_GPU, 10, 5, 0.2, sizes.edge_gpu * 1e6, parallel=2)
-    cloud = TargetTraits(
-        "cloud:gpu",
-        Tier.CLOUD_GPU,
-        20,
-        100,
-        5.0,
-        sizes.cloud * 1e6,
-        cost_usd=0.0004,
-        parallel=100,
-        prior_s=0.05,
-        metered=True,
-    )
-    return Place(mcu, 1, serial=True), Place(gpu, 2), Place(cloud, CLOUD_SERVERS)
+def places_of(config: Config, catalog: Catalog, clock: Clock) -> tuple[Place, ...]:
+    """A place for each target that the daemon would build of a configuration, with the traits it would have."""
+    servers = {Tier.EDGE_MCU: 1, Tier.EDGE_GPU: config.edge_gpu.workers}
+    places = []
+    for target in build_targets(config, catalog, clock):
+        tier = target.traits.tier
+        places.append(Place(target.traits, servers.get(tier, CLOUD_SERVERS), serial=tier is Tier.EDGE_MCU))
+    return tuple(places)
 
 
 class Plan(NamedTuple):
@@ -213,13 +203,12 @@ class World:
     clock: Clock
     requests: int
     seed: int
+    places: Sequence[Place]
     faults: Sequence[Fault] = ()
-    places: Sequence[Place] = ()
     targets: dict[str, SimTarget] = field(init=False)
 
     def __post_init__(self) -> None:
-        places = self.places or standard_places(self.catalog)
-        self.targets = {place.traits.name: SimTarget(place, self) for place in places}
+        self.targets = {place.traits.name: SimTarget(place, self) for place in self.places}
         self._draws: dict[tuple[str, str], Draws] = {}
         self._bytes: dict[tuple[Tier, str], tuple[int, int]] = {}
         self._sample_of = {
