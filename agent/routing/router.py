@@ -17,7 +17,7 @@ from agent.routing.policy import Policy
 from agent.routing.walk import MARGIN_S, NoAnswer, Routed, Variants, Walk, breaker_reason
 from agent.targets.base import Target, TargetTraits
 
-__all__ = ["Among", "NoAnswer", "Routed", "Router", "of_the_catalogue"]
+__all__ = ["Among", "NoAnswer", "Routed", "Router", "Variants", "of_the_catalogue"]
 
 Among: TypeAlias = Callable[[TargetTraits, Variant], bool]
 """Says of a play whether it may be asked at all."""

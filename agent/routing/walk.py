@@ -22,8 +22,8 @@ MARGIN_S = 0.0005
 RESERVE_FACTOR = 2.0
 RESERVE_SHARE = 0.1
 """An attempt leaves the next target this multiple of its 95th percentile, and at least this share of what is left."""
-HEDGE_RISK = 0.01
-"""A chance of being late from which on a second target is kept ready."""
+HEDGE_RISK = 0.001
+"""A chance of being late from which on a second target is kept ready: it is asked in one case of twenty only."""
 
 Variants: TypeAlias = Mapping[Play, Variant]
 
@@ -82,7 +82,7 @@ class Walk:
         self._hedge_metered = settings.hedge_metered
         self._end = asking.deadline - MARGIN_S
         self._attempts: list[Attempt] = []
-        self._reasons = list(decision.reasons)
+        self._reasons: list[str] = []
         self._cost_usd = 0.0
         self._late = False
 
@@ -106,7 +106,7 @@ class Walk:
                     by.state.traits,
                     by.variant,
                     tuple(self._attempts),
-                    tuple(self._reasons),
+                    (*self._decision.reasons, *self._reasons),
                     self._cost_usd,
                     self._decision,
                 )
@@ -147,9 +147,8 @@ class Walk:
         busy = bool(self._attempts or Constraint.BUSY in excluded) and all(
             attempt.outcome == TargetBusy.code for attempt in self._attempts
         )
-        return NoAnswer(
-            self._attempts, self._reasons, late=late, busy=busy, cost_usd=self._cost_usd, decision=self._decision
-        )
+        reasons = (*self._decision.reasons, *self._reasons)
+        return NoAnswer(self._attempts, reasons, late=late, busy=busy, cost_usd=self._cost_usd, decision=self._decision)
 
     def _tries_left(self) -> int:
         return self._asking.request.max_retries - len(self._attempts) + 1
