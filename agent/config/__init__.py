@@ -17,6 +17,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, fie
 from agent.config.base import NAME_PATTERN, TOPIC_PATTERN, ClassName, Name, Priority, Section, Substituted, Topic
 from agent.config.broker import BrokerSection, check_broker_url, check_topic_filter
 from agent.config.doors import HttpSection, MqttSection, SensorSection
+from agent.config.overload import ClassShares, LimitSection, OverloadSection, WaitingSection
 from agent.config.routing import (
     BreakerSection,
     ClassWeights,
@@ -34,6 +35,7 @@ __all__ = [
     "BreakerSection",
     "BrokerSection",
     "ClassName",
+    "ClassShares",
     "ClassWeights",
     "CloudSection",
     "Config",
@@ -43,12 +45,14 @@ __all__ = [
     "HttpSection",
     "LaneSection",
     "LatencyThresholds",
+    "LimitSection",
     "McuSection",
     "ModelSizeThresholds",
     "ModelsSection",
     "MonitoringSection",
     "MqttSection",
     "Name",
+    "OverloadSection",
     "ParameterThresholds",
     "Priority",
     "RoutingSection",
@@ -57,6 +61,7 @@ __all__ = [
     "Substituted",
     "Topic",
     "UtilityWeights",
+    "WaitingSection",
     "check_broker_url",
     "check_topic_filter",
 ]
