@@ -106,8 +106,10 @@ class Asking:
         """One try, to end by `until`. Raises nothing but `CancelledError` of its own task."""
         started = self.clock.monotonic()
         cut_off = max(until, min(until + GRACE_S, self.deadline))
-        self._charge(state, variant, started)
-        others, usual_s = state.in_flight, state.record(variant).estimate(started, 0, 1).p50_s
+        expected, others = state.estimate(variant, started), state.in_flight
+        usual_s = expected.idle_s
+        if self.budgets is not None and state.traits.tier.is_cloud:
+            self.budgets.spend(state.traits.name, state.traits.cost_usd, expected.bytes, started)
         state.in_flight += 1
         state.requests += 1
         probe = state.breaker.began(started)
@@ -122,7 +124,9 @@ class Asking:
         except asyncio.CancelledError:
             if _cancelled_from_outside():
                 state.breaker.released(probe=probe)
-                _given_up(state, variant, self.clock.monotonic(), started)
+                now = self.clock.monotonic()
+                if now - started > expected.p95_s:  # or only quick answers would be counted
+                    state.record(variant).observe_timeout(now, now - started)
                 raise
             error = TargetFailed("the target cancelled what it was asked")
         except Exception as defect:  # a target's fault must not lose the request: it is named, and the next is asked
@@ -153,11 +157,6 @@ class Asking:
         traits = state.traits
         return self.budgets.objection(traits.name, traits.cost_usd, estimate.bytes, self.request.priority, now)
 
-    def _charge(self, state: TargetState, variant: Variant, now: float) -> None:
-        if self.budgets is not None and state.traits.tier.is_cloud:
-            size = state.estimate(variant, now).bytes
-            self.budgets.spend(state.traits.name, state.traits.cost_usd, size, now)
-
 
 def _count_failure(
     state: TargetState,
@@ -175,20 +174,13 @@ def _count_failure(
     hurried = False
     if isinstance(error, TargetTimeout):
         # A wait shorter than the target usually takes says more about the deadline than about the target.
-        hurried = given_s < record.estimate(now, 0, 1).p50_s / 2
+        hurried = given_s < state.estimate(variant, now).idle_s / 2
         record.observe_timeout(now, waited_s)
     if error.counts and not hurried:
         record.observe_failure(now)
         state.breaker.failed(now, probe=probe, permanent=error.permanent)
     else:
         state.breaker.released(probe=probe)
-
-
-def _given_up(state: TargetState, variant: Variant, now: float, started: float) -> None:
-    """An attempt was cancelled. That it had taken longer than usual by then is worth knowing: only quick answers would
-    be counted otherwise."""
-    if now - started > state.estimate(variant, now).p95_s:
-        state.record(variant).observe_timeout(now, now - started)
 
 
 def attempted(

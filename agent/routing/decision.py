@@ -87,10 +87,12 @@ class Candidate:
     budget: str = ""
     passed_over: int = 0
     """Requests that could have asked it since it was asked last."""
+    made: Play | None = None
+    """Target and variant together, where they are known already."""
 
     @property
     def play(self) -> Play:
-        return Play(self.target, self.variant)
+        return self.made or Play(self.target, self.variant)
 
 
 class Judged(NamedTuple):
@@ -127,30 +129,36 @@ class Judged(NamedTuple):
 
 class Decision:
     """`ranked` are the plays in the order in which they are to be tried; `weights` is what the terms were weighed with.
-    `reasons` are for a person. What was thought of each candidate is put together when somebody asks for it."""
+    What is only told is put together when somebody asks for it: the target need not wait for that."""
 
-    __slots__ = ("_judge", "_judged", "policy", "ranked", "reasons", "weights")
+    __slots__ = ("_judged", "_reasons", "policy", "ranked", "weights")
 
     def __init__(
         self,
         policy: str,
         ranked: tuple[Play, ...],
-        reasons: tuple[str, ...],
-        weights: Mapping[str, float],
-        judge: Callable[[], tuple[Judged, ...]],
+        reasons: tuple[str, ...] | Callable[[], tuple[str, ...]],
+        judged: tuple[Judged, ...] | Callable[[], tuple[Judged, ...]] = (),
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         self.policy = policy
         self.ranked = ranked
-        self.reasons = reasons
-        self.weights = weights
-        self._judge = judge
-        self._judged: tuple[Judged, ...] | None = None
+        self.weights = weights or {}
+        self._reasons = reasons
+        self._judged = judged
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """For a person: who was not asked, and why; then why the first one is the first."""
+        if not isinstance(self._reasons, tuple):
+            self._reasons = self._reasons()
+        return self._reasons
 
     @property
     def judged(self) -> tuple[Judged, ...]:
         """Every candidate, those that a constraint ruled out first."""
-        if self._judged is None:
-            self._judged = self._judge()
+        if not isinstance(self._judged, tuple):
+            self._judged = self._judged()
         return self._judged
 
     @property

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from agent.config import RoutingSection, UtilityWeights
 from agent.core.types import AccuracyMode, LatencyClass
@@ -37,7 +37,7 @@ from agent.routing.decision import (
     not_asked,
     objection,
 )
-from agent.routing.utility import BYTES_UNIT, FREE_LIMIT_SHARE, late, terms
+from agent.routing.utility import BYTES_UNIT, FREE_LIMIT_SHARE, MIN_SPREAD, late, terms
 
 __all__ = [
     "HIGH_PRIORITY",
@@ -54,6 +54,8 @@ __all__ = [
     "decide",
 ]
 
+SURE = MIN_SPREAD**3
+"""Times the median: with less spread than `MIN_SPREAD`, what takes that long is not late (`utility.late`)."""
 AT_RISK, TOO_DEAR, BACKUP, LESS_RIGHT = 8, 4, 2, 1
 """What a group is the sum of; the lower the better."""
 _WHY = {
@@ -63,6 +65,7 @@ _WHY = {
     LESS_RIGHT: "is less accurate than asked for",
 }
 
+Rule: TypeAlias = Literal["alone", "probe", "kept", "best"]
 _Ranked: TypeAlias = tuple[int, float, int, str, float, str, Candidate]
 """Group, utility (negative), and the place in the chain: sorts as it is ranked. The last but one is unique."""
 
@@ -99,71 +102,74 @@ class Policy:
         """Rank the candidates."""
         if self._settings.policy == "scorecard":
             return scorecard.decide(question, candidates, self._settings)
-        possible = self._weighed(question, candidates)
-        refused = [] if len(possible) == len(candidates) else _refused(question, candidates)
+        possible, out = self._weighed(question, candidates)
+        refused = _refused(question, out) if out else []
         weights = self._told[question.latency_class]
 
         def judge() -> tuple[Judged, ...]:
             return self._judged(question, refused, possible)
 
-        reasons = not_asked(refused) if refused else []
         if not possible:
-            reasons.append("no target can be asked")
-            return Decision("utility", (), tuple(reasons), weights, judge)
+            return Decision("utility", (), lambda: (*not_asked(refused), "no target can be asked"), judge, weights)
         if question.accuracy is not AccuracyMode.ADAPTIVE:
             possible = self._by_accuracy(question, possible)
         possible.sort()
-        first, why = self._first(question, possible)
-        reasons.append(why)
-        return Decision("utility", _chain(first, possible), tuple(reasons), weights, judge)
+        first, other, rule = self._first(question, possible)
+        return Decision(
+            "utility",
+            _chain(first, possible),
+            lambda: (*not_asked(refused), self._why(first, other, rule)),
+            judge,
+            weights,
+        )
 
-    def _weighed(self, question: Question, candidates: Sequence[Candidate]) -> list[_Ranked]:
-        """Group and utility of every candidate that no hard constraint rules out: `utility.utility`, written out."""
+    def _weighed(self, question: Question, candidates: Sequence[Candidate]) -> tuple[list[_Ranked], list[Candidate]]:
+        """Group and utility of every candidate that no hard constraint rules out, and those that one does.
+
+        `decision.objection` and `utility.utility`, written out: this is done for every candidate of every request.
+        """
         left_s = question.time_left_s
         regions = question.allowed_regions
         accuracy, lateness, price, byte, load = self._rows[question.latency_class]
-        max_cost = self._max_cost
-        free = 0.0
+        max_cost, fee = self._max_cost, 0.0
         if question.priority >= HIGH_PRIORITY:
             price, max_cost = 0.0, inf
         elif max_cost <= 0:
-            free = FREE_LIMIT_SHARE * self._weights[question.latency_class].cost
-        possible = []
+            fee = FREE_LIMIT_SHARE * self._weights[question.latency_class].cost
+        possible: list[_Ranked] = []
+        out: list[Candidate] = []
         for candidate in candidates:
             estimate = candidate.estimate
-            p50_s, in_flight, limit = estimate.p50_s, candidate.in_flight, candidate.limit
+            p50_s, in_flight = estimate.p50_s, candidate.in_flight
             if (
-                candidate.unavailable
-                or p50_s > left_s
-                or in_flight >= limit
+                p50_s > left_s
+                or candidate.unavailable
+                or in_flight >= candidate.limit
                 or candidate.breaker
-                or not candidate.variant
                 or candidate.budget
                 or candidate.model_bytes > candidate.max_bytes
+                or not candidate.variant
                 or (regions and candidate.tier.is_cloud and candidate.region not in regions)
             ):
+                out.append(candidate)
                 continue
-            p95_s, cost = estimate.p95_s, estimate.cost_usd
-            worth = (
-                accuracy * estimate.accuracy
-                - lateness * (1.0 - estimate.success * (1.0 - late(p50_s, p95_s, left_s)))
-                - load * in_flight / limit
-            )
-            group = 0
+            p95_s, right = estimate.p95_s, estimate.accuracy
+            group = BACKUP if candidate.backup else 0
+            miss = 1.0 - estimate.success
+            if left_s * p50_s * p50_s < p95_s * p95_s * p95_s or left_s < SURE * p50_s:
+                miss = 1.0 - estimate.success * (1.0 - late(p50_s, p95_s, left_s))
+                if p95_s > left_s:
+                    group += AT_RISK
+            worth = accuracy * right - lateness * miss - byte * estimate.bytes
+            if in_flight:
+                worth -= load * in_flight / candidate.limit
+            cost = estimate.cost_usd
             if cost:
-                worth -= price * cost + free
+                worth -= price * cost + fee
                 if cost > max_cost:
-                    group = TOO_DEAR
-            if estimate.bytes:
-                worth -= byte * estimate.bytes
-            if p95_s > left_s:
-                group += AT_RISK
-            if candidate.backup:
-                group += BACKUP
-            possible.append(
-                (group, -worth, candidate.order, candidate.target, -estimate.accuracy, candidate.variant, candidate)
-            )
-        return possible
+                    group += TOO_DEAR
+            possible.append((group, -worth, candidate.order, candidate.target, -right, candidate.variant, candidate))
+        return possible, out
 
     def _by_accuracy(self, question: Question, possible: list[_Ranked]) -> list[_Ranked]:
         """With those that are less accurate than asked for in a group of their own."""
@@ -178,23 +184,32 @@ class Policy:
             for group, worth, order, target, accuracy, variant, candidate in possible
         ]
 
-    def _first(self, question: Question, possible: Sequence[_Ranked]) -> tuple[_Ranked, str]:
-        """The play to ask first, and why: of those of the best group (`possible` is sorted)."""
+    def _first(self, question: Question, possible: Sequence[_Ranked]) -> tuple[_Ranked, _Ranked, Rule]:
+        """The play to ask first, the one it was preferred to, and by which rule (`possible` is sorted)."""
         best = possible[0]
         if len(possible) == 1:
-            return best, f"{_worth(best)}; nothing else can be asked"
+            return best, best, "alone"
         probe = self._probe(question, possible)
         if probe is not None:
-            age_s = probe[6].estimate.age_s
-            since = f"for {age_s:.0f} s" if age_s < inf else "yet"
-            return probe, f"{probe[3]}: {probe[5]} was not tried {since}: a probe; next {_rival(best)}"
+            return probe, best, "probe"
         kept = self._kept(question, possible)
         if kept is not None:
-            return kept, f"{_worth(kept)}, as before; {_rival(best)} is not better by {self._settings.hysteresis:g}"
-        rival = min(possible[1:], key=_by_worth)
-        if rival[1] >= best[1]:
-            return best, f"{_worth(best)}; {_rival(rival)}"
-        return best, f"{_worth(best)}; {_rival(rival)} {_behind(rival[0], best[0])}"
+            return kept, best, "kept"
+        return best, possible[1] if possible[-1][0] == best[0] else min(possible[1:], key=_by_worth), "best"
+
+    def _why(self, first: _Ranked, other: _Ranked, rule: Rule) -> str:
+        """For a person: the numbers that decided."""
+        if rule == "alone":
+            return f"{_told(first)}; nothing else can be asked"
+        rival = f"{other[3]} with {other[5]} {_facts(other)}"
+        if rule == "probe":
+            age_s = first[6].estimate.age_s
+            since = f"for {age_s:.0f} s" if age_s < inf else "yet"
+            return f"{first[3]}: {first[5]} was not tried {since}: a probe, before {rival}"
+        if rule == "kept":
+            return f"{_told(first)}, as before; {rival} is not better by {self._settings.hysteresis:g}"
+        behind = "" if other[1] >= first[1] else f" {_behind(other[0], first[0])}"
+        return f"{_told(first)}; {rival}{behind}"
 
     def _kept(self, question: Question, possible: Sequence[_Ranked]) -> _Ranked | None:
         """What was chosen last, if the best is not better by enough."""
@@ -268,17 +283,15 @@ def _refused(question: Question, candidates: Sequence[Candidate]) -> list[tuple[
 
 def _chain(first: _Ranked, possible: Sequence[_Ranked]) -> tuple[Play, ...]:
     """`first`, then the best play of each other target, then the rest."""
+    chain, second = [first[6].play], []
     seen = {first[3]}
-    chain, second = [Play(first[3], first[5])], []
     for ranked in possible:
-        if ranked is first:
-            continue
         target = ranked[3]
-        if target in seen:
-            second.append(Play(target, ranked[5]))
-        else:
+        if target not in seen:
             seen.add(target)
-            chain.append(Play(target, ranked[5]))
+            chain.append(ranked[6].play)
+        elif ranked is not first:
+            second.append(ranked[6].play)
     return (*chain, *second)
 
 
@@ -291,18 +304,14 @@ def _by_worth(ranked: _Ranked) -> tuple[float, int, str, float, str]:
     return ranked[1:6]
 
 
-def _worth(ranked: _Ranked) -> str:
-    """With what a person needs to see why."""
-    estimate = ranked[6].estimate
-    return (
-        f"{ranked[3]}: {ranked[5]} is worth {-ranked[1]:.3f} (accuracy {estimate.accuracy:.3f},"
-        f" {estimate.p50_s * 1e3:.1f} to {estimate.p95_s * 1e3:.1f} ms, {estimate.cost_usd:g} USD)"
-    )
+def _told(ranked: _Ranked) -> str:
+    return f"{ranked[3]}: {ranked[5]} is worth {_facts(ranked)}"
 
 
-def _rival(ranked: _Ranked) -> str:
+def _facts(ranked: _Ranked) -> str:
+    """What a play is worth, and what a person needs to see why."""
     estimate = ranked[6].estimate
     return (
-        f"{ranked[3]} with {ranked[5]} {-ranked[1]:.3f} ({estimate.accuracy:.3f},"
+        f"{-ranked[1]:.3f} ({100 * estimate.accuracy:.1f} % right,"
         f" {estimate.p50_s * 1e3:.1f} to {estimate.p95_s * 1e3:.1f} ms, {estimate.cost_usd:g} USD)"
     )

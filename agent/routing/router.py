@@ -17,7 +17,7 @@ from agent.routing.policy import Policy
 from agent.routing.walk import MARGIN_S, NoAnswer, Routed, Variants, Walk, breaker_reason
 from agent.targets.base import Target, TargetTraits
 
-__all__ = ["Among", "NoAnswer", "Routed", "Router", "of_the_catalogue"]
+__all__ = ["Among", "NoAnswer", "Routed", "Router", "Variants", "of_the_catalogue"]
 
 Among: TypeAlias = Callable[[TargetTraits, Variant], bool]
 """Says of a play whether it may be asked at all."""
@@ -97,7 +97,7 @@ class Router:
         now = self._clock.monotonic()
         return min(
             (
-                state.record(variant).estimate(now, 0, 1).p50_s
+                state.estimate(variant, now).idle_s
                 for state in self._states.values()
                 if state.target.availability().available
                 for variant in state.target.variants_for(family, request.variant)

@@ -59,7 +59,6 @@ def decide(question: Question, candidates: Sequence[Candidate], settings: Routin
     found = [(candidate, objection(question, candidate)) for candidate in chosen]
     refused = [(candidate, why) for candidate, why in found if why is not None]
     possible = [candidate for candidate, why in found if why is None]
-    reasons = not_asked(refused)
 
     def judge() -> tuple[Judged, ...]:
         out = [judged_of(candidate, why) for candidate, why in refused]
@@ -67,7 +66,7 @@ def decide(question: Question, candidates: Sequence[Candidate], settings: Routin
 
     points: dict[str, dict[str, float]] = {}
     if not possible:
-        return Decision("scorecard", (), (*reasons, "no target can be asked"), WEIGHTS, judge)
+        return Decision("scorecard", (), lambda: (*not_asked(refused), "no target can be asked"), judge, WEIGHTS)
     best_accuracy = max(candidate.estimate.accuracy for candidate in possible)
     points |= {c.target: points_of(question, c, best_accuracy, settings) for c in possible}
     scores = {target: sum(each.values()) for target, each in points.items()}
@@ -76,9 +75,8 @@ def decide(question: Question, candidates: Sequence[Candidate], settings: Routin
         (candidate for candidate in possible if candidate is not first),
         key=lambda other: (at_risk(question, other), _too_dear(question, other, settings), *place(other)),
     )
-    reasons.append(f"{first.target}: {why}")
     ranked = (first.play, *(candidate.play for candidate in rest))
-    return Decision("scorecard", ranked, tuple(reasons), WEIGHTS, judge)
+    return Decision("scorecard", ranked, lambda: (*not_asked(refused), f"{first.target}: {why}"), judge, WEIGHTS)
 
 
 WEIGHTS = {"headroom": HEADROOM_POINTS, "accuracy": ACCURACY_POINTS, "cost": COST_POINTS}

@@ -100,7 +100,7 @@ class OracleRouter(Router):
         )
         variants: Mapping[Play, Variant] = {one.play: one.variant for one in foreseen}
         ranked: Sequence[Play] = [one.play for one in foreseen[:1]]
-        return Decision("oracle", tuple(ranked), ("oracle: knows what comes",), {}, tuple), variants
+        return Decision("oracle", tuple(ranked), ("oracle: knows what comes",)), variants
 
 
 def _oracle(targets: Sequence[Target], config: Config, world: World) -> Router:
