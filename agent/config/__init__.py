@@ -23,6 +23,7 @@ from agent.config.routing import (
     ModelSizeThresholds,
     ParameterThresholds,
     RoutingSection,
+    UtilityWeights,
 )
 from agent.config.tiers import CloudSection, GpuSection, LaneSection, McuSection
 
@@ -53,6 +54,7 @@ __all__ = [
     "SensorSection",
     "Substituted",
     "Topic",
+    "UtilityWeights",
     "check_broker_url",
     "check_topic_filter",
 ]

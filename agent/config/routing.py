@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -69,7 +69,23 @@ class BreakerSection(Section):
         return self
 
 
+class UtilityWeights(Section):
+    """How much each term of the utility counts, in what a right answer is worth (`accuracy` 1)."""
+
+    accuracy: float = Field(default=1.0, ge=0)
+    lateness: float = Field(default=1.0, ge=0)
+    """For an answer that comes too late, or not at all."""
+    cost: float = Field(default=0.3, ge=0)
+    """For `max_cloud_cost` USD."""
+    bytes: float = Field(default=0.01, ge=0)
+    """For 10,000 bytes sent and received."""
+    load: float = Field(default=0.03, ge=0)
+    """For a target that is full."""
+
+
 class RoutingSection(Section):
+    policy: Literal["utility", "scorecard"] = "scorecard"
+    """`utility`: what is expected of each target and variant, weighed; `scorecard`: the fixed table of points."""
     max_cloud_cost: float = Field(default=0.01, ge=0)
     """USD for one request; a dearer lane is used only where no edge tier can answer, or by priority."""
     edge_preference: float = Field(default=0.7, gt=0, le=1)

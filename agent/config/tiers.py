@@ -71,6 +71,8 @@ class LaneSection(BrokerSection):
     timeout_ms: float = Field(default=5000, gt=0, le=600_000)
     max_concurrent: int = Field(default=100, ge=1, le=10_000)
     region: Name | None = None
+    metered: bool | None = None
+    """Whether what goes over it is paid for by what is sent; None: if a request costs anything."""
     backup: bool = False
     """Asked only after the lanes that are not backups."""
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
-from agent.core.types import LatencyClass, Tier
+from agent.core.types import AccuracyMode, LatencyClass, Tier
 
 DTYPES = ("float32", "float16", "int8", "uint8", "int16", "int32", "int64")
 Milliseconds = Annotated[float, Field(gt=0, le=3_600_000)]
@@ -65,6 +65,14 @@ class InferDocument(_Documented):
         list[str], Field(max_length=32, description="Cloud regions that may see the inputs. Empty: any.")
     ] = []
     use_cache: Annotated[bool, Field(description="Whether a fresh cached answer will do.")] = True
+    accuracy: Annotated[
+        AccuracyMode | None,
+        Field(description="How right the answer has to be; otherwise the daemon's setting `accuracy.mode`."),
+    ] = None
+    explain: Annotated[bool, Field(description="Whether to say how the target was chosen.")] = False
+    shadow: Annotated[
+        bool, Field(description="Whether a cloud variant may be asked the same in the background, to watch the edge's.")
+    ] = True
     metadata: Annotated[
         dict[str, str], Field(max_length=16, description="Yours: at most 16 texts, of which nothing depends.")
     ] = {}
@@ -107,6 +115,17 @@ class AnswerDocument(_Documented):
         float | None,
         Field(ge=0, le=1, description="The largest probability; null without labels and for an earlier input."),
     ]
+    calibrated: Annotated[bool, Field(description="Whether `confidence` was fitted on held-out data.")]
+    out_of_range: Annotated[
+        bool, Field(description="Whether inputs are outside of what the model was trained on; `reasons` say which.")
+    ]
+    escalation: Annotated[
+        Literal["", "escalated", "held"],
+        Field(
+            description="`escalated`: the small model was not sure, and a more accurate one answered; `held`: it could "
+            "not, and this is the small model's answer."
+        ),
+    ]
     tier: Annotated[Tier, Field(description="Where it was computed; `fallback`: a stale cache entry.")]
     origin_tier: Annotated[Tier, Field(description="Where it was computed, also for a cache entry.")]
     target: Annotated[str, Field(description="Who answered: a target of `/status`, or `cache`.")]
@@ -129,6 +148,9 @@ class AnswerDocument(_Documented):
         Field(description="Every try on a target, in order; none for a fresh answer from the cache."),
     ]
     reasons: Annotated[list[str], Field(description="Why that tier was chosen, and others were not.")]
+    explanation: Annotated[
+        dict[str, Any] | None, Field(description="How the target was chosen; only with `explain`.")
+    ] = None
     outputs: Annotated[dict[str, list[Any]], Field(description="Left out with `?outputs=false`.")] = {}
 
     model_config = ConfigDict(
@@ -139,6 +161,9 @@ class AnswerDocument(_Documented):
                     "model": "digits",
                     "label": "3",
                     "confidence": 0.981445,
+                    "calibrated": True,
+                    "out_of_range": False,
+                    "escalation": "",
                     "tier": "edge_gpu",
                     "origin_tier": "edge_gpu",
                     "target": "edge_gpu",

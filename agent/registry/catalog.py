@@ -149,6 +149,21 @@ class Family(_Strict):
         variant = self.variants.get(pinned)
         return variant if variant is not None and kind in variant.targets else None
 
+    def variants_for(self, kind: TargetKind, pinned: str | None = None) -> tuple[Variant, ...]:
+        """Every variant meant for this kind of target, or the pinned one alone if it is meant for it."""
+        if pinned is None:
+            return self._all_by_kind.get(kind, ())
+        variant = self.variant_for(kind, pinned)
+        return () if variant is None else (variant,)
+
+    @cached_property
+    def _all_by_kind(self) -> dict[str, tuple[Variant, ...]]:
+        kinds: dict[str, tuple[Variant, ...]] = {}
+        for variant in self.variants.values():
+            for kind in variant.targets:
+                kinds[kind] = (*kinds.get(kind, ()), variant)
+        return kinds
+
     @cached_property
     def smallest(self) -> Variant:
         """The least that a target must be able to run to answer at all; it sets the family's complexity."""

@@ -15,7 +15,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import deque
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf, isfinite
+from typing import Any
 
 WINDOW = 64
 """Samples kept: enough for a 95th percentile, few enough to follow a change within a minute of light traffic."""
@@ -73,11 +74,40 @@ class Window:
 
 @dataclass(slots=True)
 class Estimate:
-    """Seconds that an attempt started now would take: at the median, and at the 95th percentile."""
+    """What an attempt started now would take and give.
+
+    `p50_s` and `p95_s` are seconds until the answer, of which `service_s`, `wait_s` and `link_s` are the parts at the
+    median. `success` is the chance that an answer comes at all, `accuracy` that it is right; `bytes` is what goes over
+    the wire both ways. `age_s` is the time since the last measurement; infinite: there was none.
+    """
 
     p50_s: float
     p95_s: float
     measured: bool
+    success: float = 1.0
+    cost_usd: float = 0.0
+    bytes: int = 0
+    accuracy: float = 0.0
+    service_s: float = 0.0
+    wait_s: float = 0.0
+    link_s: float = 0.0
+    age_s: float = inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, times in milliseconds; what is unknown is null."""
+        return {
+            "p50_ms": round(self.p50_s * 1e3, 3),
+            "p95_ms": round(self.p95_s * 1e3, 3),
+            "service_ms": round(self.service_s * 1e3, 3),
+            "wait_ms": round(self.wait_s * 1e3, 3),
+            "link_ms": round(self.link_s * 1e3, 3),
+            "measured": self.measured,
+            "success": round(self.success, 4),
+            "cost_usd": self.cost_usd,
+            "bytes": self.bytes,
+            "accuracy": round(self.accuracy, 6),
+            "age_s": round(self.age_s, 3) if isfinite(self.age_s) else None,
+        }
 
 
 class TargetTimes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,7 +27,8 @@ class TargetTraits:
 
     `max_bytes` is the largest model file the target takes; `timeout_s` bounds any single attempt; `cost_usd` is the
     price of one request; `order` is its place in the fallback chain (lower is asked earlier); `parallel` is how many
-    requests it computes at once, `prior_s` what an attempt is taken to cost until one was measured.
+    requests it computes at once, `prior_s` what an attempt is taken to cost until one was measured; `metered` says that
+    whoever owns the gateway pays by what is sent.
     """
 
     name: str
@@ -41,6 +42,7 @@ class TargetTraits:
     backup: bool = False
     parallel: int = 1
     prior_s: float = 0.005
+    metered: bool = False
 
 
 class Target(Protocol):
@@ -60,6 +62,10 @@ class Target(Protocol):
 
     def variant_for(self, family: Family, pinned: str | None) -> Variant | None:
         """The variant this target would run now, or None if it cannot answer for this family."""
+        ...
+
+    def variants_for(self, family: Family, pinned: str | None) -> Sequence[Variant]:
+        """Every variant this target could run now; none if it cannot answer for this family."""
         ...
 
     async def infer(self, request: InferenceRequest, family: Family, variant: Variant, deadline: float) -> TargetAnswer:

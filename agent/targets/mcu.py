@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from agent.config import McuSection
@@ -95,6 +95,18 @@ class McuTarget:
             if best is None or variant.accuracy.value > best.accuracy.value:
                 best = variant
         return best
+
+    def variants_for(self, family: Family, pinned: str | None) -> Sequence[Variant]:
+        """What is on the boards, each once."""
+        return tuple(
+            {
+                variant.sha256: variant
+                for board in self._boards
+                if (variant := board.variant) is not None
+                and variant.model == family.name
+                and pinned in (None, variant.id)
+            }.values()
+        )
 
     async def infer(self, request: InferenceRequest, family: Family, variant: Variant, deadline: float) -> TargetAnswer:
         began = self._clock.monotonic()

@@ -176,7 +176,7 @@ def test_a_body_that_is_no_object(body: Any) -> None:
 @pytest.mark.parametrize("key", ["deadline", "", "x" * 10_000, "\ud800", 5])
 def test_an_unknown_key_is_named(key: Any) -> None:
     error = refused({"model": "toy", "inputs": FLAT, key: 1})
-    assert "unknown key; known: allowed_regions, deadline_ms" in str(error)
+    assert "unknown key; known: accuracy, allowed_regions, deadline_ms" in str(error)
     assert error.field is not None
     assert len(error.field) <= 64
     error.field.encode()

@@ -35,7 +35,7 @@ def refusal(tmp_path: Path, text: str | bytes, **environ: str) -> str:
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gateway": {"state_dir": Path("/var/lib/edge-agent"), "drain_timeout_s": 5},
     "models": {"catalog": None},
-    "routing": {"max_cloud_cost": 0.01, "edge_preference": 0.7, "max_in_flight": 256},
+    "routing": {"policy": "scorecard", "max_cloud_cost": 0.01, "edge_preference": 0.7, "max_in_flight": 256},
     "routing.latency_thresholds": {"realtime": 10, "near_realtime": 100, "interactive": 500, "batch": 1000},
     "routing.model_size_thresholds": {"edge_mcu": 1, "edge_gpu": 10, "cloud": 1000},
     "routing.parameter_thresholds": {"simple": 10_000, "medium": 1_000_000},
@@ -96,6 +96,7 @@ LANE_DEFAULTS = {
     "key_file": None,
     "region": None,
     "backup": False,
+    "metered": None,
 }
 SENSOR_DEFAULTS = {
     "name": None,

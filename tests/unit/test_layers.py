@@ -38,7 +38,10 @@ EXCEPTIONS: dict[tuple[str, str], str] = {}
 
 NO_IO = (
     "agent.wire",
+    "agent.routing.decision",
     "agent.routing.policy",
+    "agent.routing.scorecard",
+    "agent.routing.utility",
     "agent.routing.breaker",
     "agent.routing.estimate",
     "agent.link.backoff",

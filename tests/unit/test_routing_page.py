@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fakes import FakeTarget, after, make_request, outcomes, raises
 from hypothesis import given
-from test_policy import QUESTIONS, candidates
+from test_policy import QUESTIONS, candidates, scores
 
 from agent.config import FallbackSection, LatencyThresholds, RoutingSection
 from agent.core.clock import ManualClock
@@ -16,9 +16,10 @@ from agent.core.types import Complexity, LatencyClass, Tier
 from agent.pipeline import Pipeline
 from agent.registry.catalog import Catalog
 from agent.routing.admission import class_of
+from agent.routing.decision import Candidate, Constraint, Question
 from agent.routing.estimate import Estimate
-from agent.routing.policy import CLASS_POINTS, COMPLEXITY_POINTS, Candidate, Constraint, Question, decide
 from agent.routing.router import MARGIN_S, Router
+from agent.routing.scorecard import CLASS_POINTS, COMPLEXITY_POINTS, decide
 from agent.store.cache import ResultCache
 from agent.targets.base import Availability
 from agent.telemetry.metrics import Metrics
@@ -74,11 +75,12 @@ def example() -> list[Candidate]:
             name,
             Tier(tier),
             ORDERS[Tier(tier)],
+            "v",
             in_flight=int(in_flight),
-            max_concurrent=int(limit),
-            estimate=Estimate(float(p50) / 1e3, float(p95) / 1e3, measured=True),
-            accuracy=float(accuracy),
-            cost_usd=float(cost),
+            limit=int(limit),
+            estimate=Estimate(
+                float(p50) / 1e3, float(p95) / 1e3, measured=True, accuracy=float(accuracy), cost_usd=float(cost)
+            ),
         )
         for name, tier, in_flight, limit, accuracy, p50, p95, cost in FACTS
     ]
@@ -91,11 +93,11 @@ def section(title: str) -> str:
 def test_the_worked_example() -> None:
     asked = Question(LatencyClass.NEAR, Complexity.SIMPLE, priority=5, time_left_s=0.1 - MARGIN_S)
     decision = decide(asked, example(), DEFAULTS)
-    assert decision.scores == pytest.approx({row[0]: float(row[-1]) for row in POINTS})
+    assert scores(decision) == pytest.approx({row[0]: float(row[-1]) for row in POINTS})
     assert all(sum(map(float, row[1:-1])) == float(row[-1]) for row in POINTS)
     ranking = re.search(r"Ranking: (.*?)\. Reason: `(.*)`", section("Worked example"))
     assert ranking is not None
-    assert decision.ranked == tuple(re.findall(r"`(.*?)`", ranking[1]))
+    assert tuple(play.target for play in decision.ranked) == tuple(re.findall(r"`(.*?)`", ranking[1]))
     assert decision.reasons == (ranking[2],)
 
 
@@ -104,8 +106,8 @@ def test_the_example_as_a_batch_request() -> None:
     decision = decide(asked, example(), DEFAULTS)
     told = re.search(r"scores are (\d+), (\d+),\s+(\d+) and (\d+)\.", section("Worked example"))
     assert told is not None
-    assert list(decision.scores.values()) == pytest.approx([float(score) for score in told.groups()])
-    assert decision.ranked[0] == "cloud:frankfurt"
+    assert [scores(decision)[row[0]] for row in FACTS] == pytest.approx([float(score) for score in told.groups()])
+    assert decision.ranked[0].target == "cloud:frankfurt"
     assert decision.reasons == ("cloud:frankfurt: score 106; edge_mcu 64 is below 74",)
 
 
