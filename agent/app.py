@@ -24,9 +24,11 @@ from agent.pipeline import Pipeline
 from agent.registry.catalog import Catalog, load_catalog
 from agent.registry.locate import catalog_path
 from agent.routing.admission import Admission
+from agent.routing.budget import Budget, Ledger, Terms, allowances
 from agent.routing.router import Router
 from agent.runtimes.base import RuntimeUnavailable
 from agent.sdnotify import Notifier
+from agent.store.budget_file import BudgetFile
 from agent.store.cache import ResultCache
 from agent.supervisor import Component, ComponentState, Supervisor
 from agent.targets.base import Target
@@ -64,6 +66,16 @@ def build_targets(config: Config, catalog: Catalog, clock: Clock) -> list[Target
     return targets
 
 
+def build_budget(config: Config, ledger: Ledger) -> Budget | None:
+    """What the lanes may use; None where nothing is limited."""
+    limits = allowances(config.budgets)
+    for lane in config.cloud.lanes:
+        limits += allowances(lane.budget, f"cloud:{lane.name}")
+    section = config.budgets
+    terms = Terms(section.burst, section.borrow, section.borrow_priority, section.count_time_off)
+    return Budget(limits, [f"cloud:{lane.name}" for lane in config.cloud.lanes], terms, ledger) if limits else None
+
+
 class App:
     """The daemon. `ingress.base.Core` for its doors."""
 
@@ -76,7 +88,9 @@ class App:
         self.supervisor = Supervisor(clock)
         self.load = LoadSampler()
         self.targets = build_targets(config, catalog, clock)
-        self.router = Router(self.targets, config.routing, clock)
+        self.budget_file = BudgetFile(config.gateway.state_dir / "budgets.json")
+        self.budget = build_budget(config, self.budget_file)
+        self.router = Router(self.targets, config.routing, clock, budgets=self.budget)
         self.cache = ResultCache(config.fallback, config.gateway.state_dir / "cache.sqlite", catalog, clock)
         self.pipeline = Pipeline(catalog, self.router, self.cache, self.metrics, clock, config.routing)
         slowest_ms = max((lane.timeout_ms for lane in config.cloud.lanes), default=config.edge_gpu.timeout_ms)
@@ -122,6 +136,7 @@ class App:
             "ready": ready,
             "reason": reason,
             "targets": targets,
+            "budgets": [] if self.budget is None else self.budget.left(self._clock.monotonic()),
             "cache": self.cache.stats(),
             "counters": self.metrics.counters(),
             "doors": {
@@ -155,6 +170,9 @@ class App:
     async def start(self) -> None:
         """Open the store, connect the targets, then open the doors. Raises `ConfigError` if that is impossible."""
         self.cache.open()
+        if self.budget is not None:
+            self.budget_file.open(self.budget, self._clock.monotonic(), self._clock.wall())
+            self.supervisor.spawn("budgets", self._keep_budget, stall_s=STALL_S)
         try:
             await asyncio.gather(*(target.start() for target in self.targets))
         except RuntimeUnavailable as error:
@@ -186,6 +204,8 @@ class App:
             await self.mqtt.stop()
         await self.supervisor.stop()
         await asyncio.gather(*(target.stop() for target in self.targets))
+        if self.budget is not None:
+            await asyncio.to_thread(self.budget_file.close, self.budget.document(self._clock.monotonic()))
         await asyncio.to_thread(self.cache.close)
 
     def _warm_up(self) -> None:
@@ -201,6 +221,15 @@ class App:
             self.load.sample()
             component.set(ComponentState.UP)
             await asyncio.sleep(self._config.monitoring.sample_interval_s)
+
+    async def _keep_budget(self, component: Component) -> None:
+        """Writes what is used now and then, and says when that does not work."""
+        assert self.budget is not None
+        while True:
+            self.budget.keep(self._clock.monotonic(), self._clock.wall())
+            trouble = "; ".join(filter(None, (self.budget.problem, self.budget_file.alarm)))
+            component.set(ComponentState.DEGRADED if trouble else ComponentState.UP, trouble)
+            await asyncio.sleep(HEARTBEAT_S)
 
     async def _heartbeat(self, component: Component) -> None:
         """Turns with the loop and measures how late it does."""

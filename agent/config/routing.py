@@ -96,3 +96,5 @@ class RoutingSection(Section):
     breaker: BreakerSection = BreakerSection()
     max_in_flight: int = Field(default=256, ge=1, le=100_000)
     """Requests in the daemon at once; one more is refused with `overloaded`."""
+    explain_last: int = Field(default=256, ge=0, le=100_000)
+    """Requests of which `/explain` can tell how they were decided; the oldest is forgotten first."""

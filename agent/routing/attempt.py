@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from agent.core.clock import Clock
@@ -65,9 +66,7 @@ class Asking:
         """One try, to end by `until`. Raises nothing but `CancelledError` of its own task."""
         started = self.clock.monotonic()
         cut_off = max(until, min(until + GRACE_S, self.deadline))
-        if self.budgets is not None and state.traits.tier.is_cloud:
-            estimate = state.estimate(variant, started)
-            self.budgets.spend(state.traits.name, state.traits.cost_usd, estimate.bytes, started)
+        settle = self._spend(state, variant, started)
         others = state.in_flight
         state.in_flight += 1
         state.requests += 1
@@ -93,16 +92,29 @@ class Asking:
             state.breaker.succeeded()
             state.limit.observe(now, latency_s=now - started, in_flight=others, ok=True)
             state.times_of(variant).observe(now, service_s=answer.compute_s, link_s=answer.link_s)
+            settle(state.traits.cost_usd, answer.bytes_sent + answer.bytes_received, now)
             return answer, record(state, variant, "ok", now - started)
         finally:
             state.in_flight -= 1
         now = self.clock.monotonic()
+        if isinstance(error, TargetBusy):
+            settle(0.0, None, now)
         overloaded = isinstance(error, TargetTimeout | TargetBusy)
         state.limit.observe(now, latency_s=now - started, in_flight=others, ok=not overloaded)
         count_failure(
             state, state.times_of(variant), error, probe, now, waited_s=now - started, given_s=until - started
         )
         return None, record(state, variant, error.code, now - started, str(error))
+
+    def _spend(self, state: TargetState, variant: Variant, now: float) -> Callable[[float, int | None, float], None]:
+        """Count the attempt against the lane's budget. What is returned corrects that: cost, bytes (None: as expected)
+        and now."""
+        budgets = self.budgets
+        if budgets is None or not state.traits.tier.is_cloud:
+            return lambda cost_usd, bytes, now: None
+        expected = state.estimate(variant, now).bytes
+        receipt = budgets.spend(state.traits.name, state.traits.cost_usd, expected, now)
+        return lambda cost_usd, bytes, now: budgets.settle(receipt, cost_usd, expected if bytes is None else bytes, now)
 
 
 def count_failure(

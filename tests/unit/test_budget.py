@@ -12,7 +12,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from agent.routing.budget import NANO, SLOTS, WINDOWS_MS, Budget, Limit, Receipt, Terms, nano_usd
+from agent.routing.budget import Budget, Receipt, Terms
+from agent.routing.meter import NANO, SLOTS, WINDOWS_MS, Allowance, nano_usd
 
 LANE, OTHER = "cloud:eu", "cloud:us"
 DAY_S, HOUR_S, MINUTE_S = 86_400.0, 3_600.0, 60.0
@@ -42,7 +43,7 @@ class Paper:
             done(problem)
 
 
-def budget(*limits: Limit, ledger: Paper | None = None, **terms: Any) -> Budget:
+def budget(*limits: Allowance, ledger: Paper | None = None, **terms: Any) -> Budget:
     made = Budget(limits, (LANE, OTHER), Terms(**terms), ledger)
     made.restore(None, boot="boot-1", now=0.0, wall=1e9)
     if ledger is not None:
@@ -50,8 +51,8 @@ def budget(*limits: Limit, ledger: Paper | None = None, **terms: Any) -> Budget:
     return made
 
 
-def usd(amount: float, window: str = "day", scope: str = "") -> Limit:
-    return Limit(scope, "usd", window, nano_usd(amount))
+def usd(amount: float, window: str = "day", scope: str = "") -> Allowance:
+    return Allowance(scope, "usd", window, nano_usd(amount))
 
 
 def spent(made: Budget, now: float, cost_usd: float, *, lane: str = LANE, priority: int = 5) -> bool:
@@ -103,7 +104,7 @@ def test_a_steady_load_can_use_nearly_all_of_a_limit() -> None:
 
 
 def test_a_request_larger_than_the_burst_goes_when_nothing_is_ahead_of_the_pace() -> None:
-    made = budget(Limit("", "requests", "minute", 2), burst=0.25)
+    made = budget(Allowance("", "requests", "minute", 2), burst=0.25)
     assert spent(made, 0, 0)
     assert not spent(made, 29, 0)
     assert spent(made, 30, 0)
@@ -146,8 +147,8 @@ def test_a_tenth_of_a_cent_a_hundred_thousand_times_is_a_hundred_dollars_exactly
 # --- settling --------------------------------------------------------------------------------------------------------
 
 
-def byte_limit(amount: int) -> Limit:
-    return Limit("", "bytes", "day", amount)
+def byte_limit(amount: int) -> Allowance:
+    return Allowance("", "bytes", "day", amount)
 
 
 def test_what_was_reserved_and_not_used_comes_back() -> None:
@@ -187,7 +188,7 @@ def test_what_is_settled_long_after_gives_nothing_back_that_has_come_back_alread
 # --- over restarts ---------------------------------------------------------------------------------------------------
 
 
-def restarted(kept: Any, *limits: Limit, boot: str, now: float, wall: float = 1e9, **terms: Any) -> Budget:
+def restarted(kept: Any, *limits: Allowance, boot: str, now: float, wall: float = 1e9, **terms: Any) -> Budget:
     made = Budget(limits, (LANE, OTHER), Terms(**terms), None)
     made.restore(kept, boot=boot, now=now, wall=wall)
     return made
@@ -216,9 +217,9 @@ def test_a_crash_costs_at_most_a_lease() -> None:
 
 def test_what_was_leased_counts_from_the_restart_since_it_may_have_been_used_just_before() -> None:
     paper = Paper()
-    made = budget(Limit("", "requests", "minute", 60), ledger=paper, burst=1)
+    made = budget(Allowance("", "requests", "minute", 60), ledger=paper, burst=1)
     assert spent(made, 0, 0)
-    again = restarted(paper.kept, Limit("", "requests", "minute", 60), boot="boot-1", now=50, burst=1)
+    again = restarted(paper.kept, Allowance("", "requests", "minute", 60), boot="boot-1", now=50, burst=1)
     assert again.objection(LANE, 0, 0, 10, 100)
     assert again.objection(LANE, 0, 0, 10, 112) == ""
 
@@ -297,9 +298,9 @@ def test_a_meter_that_claims_to_be_ahead_of_time_is_refused() -> None:
 def test_while_the_ledger_cannot_be_written_only_the_lease_is_used_and_then_nothing() -> None:
     paper = Paper(prompt=False)
     made = budget(usd(1.0), ledger=paper, burst=1)
-    assert "the file is being written" in made.objection(LANE, 0.01, 0, 5, 0)
+    assert "the file is being written" in made.objection(LANE, 0.001, 0, 5, 0)
     paper.finish()
-    assert as_many_as_go(made, 0, 0.001) == 40  # four requests' worth of the largest seen is the least of a lease
+    assert as_many_as_go(made, 0, 0.001) == 20
     paper.finish("No space left on device")
     assert made.problem == "No space left on device"
     assert "cannot be recorded: No space left on device" in made.objection(LANE, 0.001, 0, 5, 1)
@@ -327,17 +328,18 @@ def test_what_is_used_is_written_now_and_then_although_the_lease_lasts() -> None
 LIMITS = (
     usd(0.02, "day"),
     usd(0.005, "hour"),
-    Limit("", "requests", "minute", 6),
+    Allowance("", "requests", "minute", 6),
     byte_limit(20_000),
     usd(0.012, "day", LANE),
-    Limit(LANE, "bytes", "hour", 5_000),
-    Limit(OTHER, "requests", "day", 30),
+    Allowance(LANE, "bytes", "hour", 5_000),
+    Allowance(OTHER, "requests", "day", 30),
 )
 YEAR_S = 365 * DAY_S
 WAITS_S = st.sampled_from([0.0, 0.0, 0.4, 12.0, 49.0, 59.2, 61.0, 600.0, 3_530.0, 20_000.0, 85_000.0, 2e5])
 LANES = st.sampled_from([LANE, OTHER])
 COSTS_USD = st.sampled_from([0.0, 0.0, 0.0001, 0.001, 0.004])
 SIZES = st.sampled_from([0, 0, 100, 1_000, 4_000])
+TIMES = st.sampled_from([1, 2, 3, 30])
 SHARES = st.sampled_from([0.0, 0.5, 1.0])
 
 
@@ -369,7 +371,7 @@ class Life(RuleBasedStateMachine):
         self.budget.restore(self.paper.kept, boot=f"boot-{self.boots}", now=self.now(), wall=wall)
         self.budget.keep(self.now(), wall)
 
-    @rule(wait_s=WAITS_S, lane=LANES, cost_usd=COSTS_USD, size=SIZES, high=st.booleans(), times=st.integers(1, 30))
+    @rule(wait_s=WAITS_S, lane=LANES, cost_usd=COSTS_USD, size=SIZES, high=st.booleans(), times=TIMES)
     def ask(self, wait_s: float, lane: str, cost_usd: float, size: int, high: bool, times: int) -> None:
         self.true_s += wait_s
         for _ in range(times):
