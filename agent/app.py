@@ -73,7 +73,8 @@ def build_budget(config: Config, ledger: Ledger) -> Budget | None:
         limits += allowances(lane.budget, f"cloud:{lane.name}")
     section = config.budgets
     terms = Terms(section.burst, section.borrow, section.borrow_priority, section.count_time_off)
-    return Budget(limits, [f"cloud:{lane.name}" for lane in config.cloud.lanes], terms, ledger) if limits else None
+    prices = {f"cloud:{lane.name}": lane.cost_per_request for lane in config.cloud.lanes}
+    return Budget(limits, prices, terms, ledger) if limits else None
 
 
 class App:

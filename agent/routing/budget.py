@@ -19,6 +19,8 @@ RETRY_S = 10.0
 """After the ledger could not be written."""
 CHECKPOINT_S = 900.0
 """What is in use is written at least this often, so that a power cut does not lose much of the time that passed."""
+USUAL_BYTES = 4096
+"""What a request is taken to need until a larger one comes; leases go by it."""
 SCHEMA = 1
 
 
@@ -57,14 +59,14 @@ TERMS = Terms()
 class Budget:
     """The limits of all lanes. A lane that no limit names, and every edge target, is free.
 
-    `lanes` are the names of all targets that limits of the gateway as a whole are about. `ledger` None: what is used
-    does not survive the process. `now` is monotonic seconds, `wall` Unix time.
+    `lanes` are all targets that limits of the gateway as a whole are about, with the price of one request in USD.
+    `ledger` None: what is used does not survive the process. `now` is monotonic seconds, `wall` Unix time.
     """
 
     def __init__(
         self,
         allowances: Iterable[Allowance],
-        lanes: Iterable[str],
+        lanes: Mapping[str, float],
         terms: Terms = TERMS,
         ledger: Ledger | None = None,
     ) -> None:
@@ -80,7 +82,12 @@ class Budget:
         self._latest_wall_ms = 0
         """The latest wall time ever seen: a clock that is set back and forth is not paid twice."""
         self._boot = ""
-        self._largest = dict.fromkeys(UNITS, 0)
+        self._largest = {
+            "usd": nano_usd(max(lanes.values(), default=0.0)),
+            "bytes": USUAL_BYTES,
+            "requests": 1,
+        }
+        """Of one request, so far. It never shrinks, and so no lease does."""
         self._writing = False
         self._written = float("-inf")
         self._changed = True

@@ -23,6 +23,8 @@ SLOTS = 60
 """A window is counted in so many parts; what was used stays counted for up to one part more than the window."""
 LEASE_PARTS: Mapping[str, int] = {"minute": 1, "hour": 10, "day": 50}
 """Of a limit, what one lease is: large enough to write seldom, small enough to lose little in a crash."""
+LEASE_REQUESTS = 16
+"""A lease is enough for so many requests at least: half of them may come while the next one is written."""
 
 
 class Allowance(NamedTuple):
@@ -152,9 +154,8 @@ class Meter:
     def lease_wanted(self, largest: int) -> int:
         """A full lease. It never shrinks, so that it also covers what the last one has left, which may be used while
         this one is written."""
-        return min(
-            max(-(-self.allowance.amount // LEASE_PARTS[self.allowance.window]), 4 * largest), self.allowance.amount
-        )
+        share = -(-self.allowance.amount // LEASE_PARTS[self.allowance.window])
+        return min(max(share, LEASE_REQUESTS * largest), self.allowance.amount)
 
     def _advance(self, t_ms: int) -> None:
         if t_ms <= self._at:

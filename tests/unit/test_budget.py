@@ -16,6 +16,7 @@ from agent.routing.budget import Budget, Receipt, Terms
 from agent.routing.meter import NANO, SLOTS, WINDOWS_MS, Allowance, nano_usd
 
 LANE, OTHER = "cloud:eu", "cloud:us"
+PRICES = {LANE: 0.001, OTHER: 0.0}
 DAY_S, HOUR_S, MINUTE_S = 86_400.0, 3_600.0, 60.0
 
 
@@ -44,7 +45,7 @@ class Paper:
 
 
 def budget(*limits: Allowance, ledger: Paper | None = None, **terms: Any) -> Budget:
-    made = Budget(limits, (LANE, OTHER), Terms(**terms), ledger)
+    made = Budget(limits, PRICES, Terms(**terms), ledger)
     made.restore(None, boot="boot-1", now=0.0, wall=1e9)
     if ledger is not None:
         made.keep(0.0, 1e9)
@@ -189,7 +190,7 @@ def test_what_is_settled_long_after_gives_nothing_back_that_has_come_back_alread
 
 
 def restarted(kept: Any, *limits: Allowance, boot: str, now: float, wall: float = 1e9, **terms: Any) -> Budget:
-    made = Budget(limits, (LANE, OTHER), Terms(**terms), None)
+    made = Budget(limits, PRICES, Terms(**terms), None)
     made.restore(kept, boot=boot, now=now, wall=wall)
     return made
 
@@ -280,7 +281,7 @@ def test_a_limit_that_was_changed_keeps_what_was_used() -> None:
 def test_a_document_that_makes_no_sense_is_refused_and_then_everything_counts_as_used(damage: Any) -> None:
     made = budget(usd(1.0), burst=1)
     kept = made.document(1) | damage
-    again = Budget([usd(1.0)], [LANE], Terms(burst=1))
+    again = Budget([usd(1.0)], PRICES, Terms(burst=1))
     with pytest.raises(ValueError, match="cannot be read"):
         again.restore(kept, boot="boot-1", now=2, wall=1e9)
     again.exhaust(2)
@@ -366,7 +367,7 @@ class Life(RuleBasedStateMachine):
 
     def start(self) -> None:
         self.running.clear()
-        self.budget = Budget(LIMITS, (LANE, OTHER), self.terms, self.paper)
+        self.budget = Budget(LIMITS, PRICES, self.terms, self.paper)
         wall = self.true_s + self.wall_off_s
         self.budget.restore(self.paper.kept, boot=f"boot-{self.boots}", now=self.now(), wall=wall)
         self.budget.keep(self.now(), wall)
