@@ -79,6 +79,11 @@ class LaneSection(BrokerSection):
     budget: AmountsSection = AmountsSection()
     """What this lane may use; `budgets` has what all of them may use together."""
 
+    @property
+    def target(self) -> str:
+        """The name of the target that asks this lane."""
+        return f"cloud:{self.name}"
+
 
 class CloudSection(Section):
     lanes: tuple[LaneSection, ...] = Field(default=(), max_length=16)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from agent.config import AmountsSection
+from agent.config import AmountsSection, BudgetsSection, LaneSection
 from agent.routing.meter import GATEWAY, UNITS, WINDOWS_MS, Allowance, Meter, nano_usd, shown, whole
 
 RETRY_S = 10.0
@@ -249,6 +249,15 @@ class Budget:
                 meter.next_lease = None
 
         self._ledger.write(document, done)
+
+
+def budget_of(section: BudgetsSection, lanes: Sequence[LaneSection], ledger: Ledger | None) -> Budget | None:
+    """The budget of a configuration; None where nothing is limited. Lanes go by the names of their targets."""
+    found = allowances(section)
+    for lane in lanes:
+        found += allowances(lane.budget, lane.target)
+    terms = Terms(section.burst, section.borrow, section.borrow_priority, section.count_time_off)
+    return Budget(found, {lane.target: lane.cost_per_request for lane in lanes}, terms, ledger) if found else None
 
 
 def allowances(section: AmountsSection, scope: str = GATEWAY) -> list[Allowance]:

@@ -29,6 +29,8 @@ Among: TypeAlias = Callable[[TargetTraits, Variant], bool]
 Variants: TypeAlias = Mapping[Play, Variant]
 AccuracyOf: TypeAlias = Callable[[Variant], float]
 LimitFor: TypeAlias = Callable[[TargetTraits], Limit]
+Watcher: TypeAlias = Callable[[InferenceRequest, Decision, Sequence[Attempt]], None]
+"""Told of every decision of `run`, before its first attempt; the attempts are filled in as they end."""
 
 
 @dataclass(slots=True)
@@ -87,10 +89,12 @@ class Router:
         budgets: Budgets | None = None,
         accuracy_of: AccuracyOf = of_the_catalogue,
         limit_for: LimitFor | None = None,
+        watcher: Watcher | None = None,
     ) -> None:
         self._settings = settings
         self._clock = clock
         self._budgets = budgets
+        self._watcher = watcher
         self._accuracy_of = accuracy_of
         self._states = {
             target.traits.name: TargetState.of(
@@ -164,6 +168,8 @@ class Router:
         decision, variants = self.decide(request, family, self._clock.monotonic(), among=among, deadline=end)
         asking = Asking(request, family, end, self._clock, self._budgets)
         attempts: list[Attempt] = []
+        if self._watcher is not None:
+            self._watcher(request, decision, attempts)
         reasons = list(decision.reasons)
         cost_usd = 0.0
         late = False
