@@ -20,6 +20,7 @@ from agent.config.budgets import AmountsSection, BudgetsSection
 from agent.config.doors import HttpSection, MqttSection, SensorSection
 from agent.config.routing import (
     BreakerSection,
+    ClassWeights,
     LatencyThresholds,
     ModelSizeThresholds,
     ParameterThresholds,
@@ -36,6 +37,7 @@ __all__ = [
     "BrokerSection",
     "BudgetsSection",
     "ClassName",
+    "ClassWeights",
     "CloudSection",
     "Config",
     "FallbackSection",
