@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from pydantic import Field
 
 from agent.config.base import Priority, Section
 
-Usd = Annotated[float, Field(ge=0, le=1_000_000)]
-Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
-Requests = Annotated[int, Field(ge=0, le=1_000_000_000)]
+
+MAX_USD = 1_000_000
+MAX_BYTES = 1 << 50
+MAX_REQUESTS = 1_000_000_000
 
 
 class AmountsSection(Section):
     """Limits. None: no limit. 0: nothing at all."""
 
-    usd_per_minute: Usd | None = None
-    usd_per_hour: Usd | None = None
-    usd_per_day: Usd | None = None
-    bytes_per_minute: Bytes | None = None
+    usd_per_minute: float | None = Field(default=None, ge=0, le=MAX_USD)
+    usd_per_hour: float | None = Field(default=None, ge=0, le=MAX_USD)
+    usd_per_day: float | None = Field(default=None, ge=0, le=MAX_USD)
+    bytes_per_minute: int | None = Field(default=None, ge=0, le=MAX_BYTES)
     """Sent and received, as the lanes count them (`docs/budgets.md`)."""
-    bytes_per_hour: Bytes | None = None
-    bytes_per_day: Bytes | None = None
-    requests_per_minute: Requests | None = None
-    requests_per_hour: Requests | None = None
-    requests_per_day: Requests | None = None
+    bytes_per_hour: int | None = Field(default=None, ge=0, le=MAX_BYTES)
+    bytes_per_day: int | None = Field(default=None, ge=0, le=MAX_BYTES)
+    requests_per_minute: int | None = Field(default=None, ge=0, le=MAX_REQUESTS)
+    requests_per_hour: int | None = Field(default=None, ge=0, le=MAX_REQUESTS)
+    requests_per_day: int | None = Field(default=None, ge=0, le=MAX_REQUESTS)
 
 
 class BudgetsSection(AmountsSection):
