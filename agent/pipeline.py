@@ -15,6 +15,7 @@ from agent.core.errors import DeadlineExceeded, InferenceError, InvalidRequest, 
 from agent.core.types import Attempt, InferenceRequest, InferenceResult, Tier
 from agent.registry.catalog import Catalog, Family
 from agent.registry.tensors import classify
+from agent.routing.queue import RequestQueue
 from agent.routing.router import NoAnswer, Routed, Router
 from agent.store.cache import CacheKey, Freshness, Hit, ResultCache, cache_key
 from agent.telemetry.metrics import Metrics
@@ -62,7 +63,8 @@ class Pipeline:
         self._metrics = metrics
         self._clock = clock
         self._stories = stories or Stories(0, clock)
-        self._max_in_flight = settings.max_in_flight
+        self.queue = RequestQueue(settings.overload, settings.max_in_flight, clock)
+        router.on_free(self.queue.room)
         self._by_key: OrderedDict[tuple[str, str, str], _Kept] = OrderedDict()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -174,20 +176,22 @@ class Pipeline:
         hit = self._cache.get(key)
         if hit is not None and hit.state is Freshness.FRESH and request.use_cache:
             return self._remembered(request, hit, (*request.notes, "cache: the same input was answered before"))
-        if self.in_flight > self._max_in_flight:
-            refusal = Overloaded(
-                f"{self._max_in_flight} requests are in flight (routing.max_in_flight)", retry_after_s=RETRY_AFTER_S
-            )
-            return self._fallback(request, hit, refusal, (), ("daemon: every place is taken",))
         try:
-            routed = await self._router.run(request, family)
+            routed, waited_s = await self.queue.run(
+                request,
+                lambda: self._router.run(request, family),
+                full=lambda: self._router.full(request, family),
+                needed_s=lambda: self._router.quickest_s(request, family),
+            )
+        except Overloaded as refusal:
+            return self._fallback(request, hit, refusal, (), (f"daemon: {refusal.message}",))
         except NoAnswer as failure:
             return self._fallback(request, hit, _refusal(failure), failure.attempts, failure.reasons, failure.cost_usd)
-        result = self._fresh(request, family, routed)
+        result = self._fresh(request, family, routed, waited_s)
         self._cache.put(key, request.producer, result)
         return result
 
-    def _fresh(self, request: InferenceRequest, family: Family, routed: Routed) -> InferenceResult:
+    def _fresh(self, request: InferenceRequest, family: Family, routed: Routed, waited_s: float) -> InferenceResult:
         answer, traits, variant = routed.answer, routed.traits, routed.variant
         label, confidence = classify(answer.outputs, family)
         now = self._clock.monotonic()
@@ -204,7 +208,7 @@ class Pipeline:
             target=traits.name,
             provider=answer.provider,
             latency_class=request.latency_class,
-            queue_s=answer.queue_s,
+            queue_s=waited_s + answer.queue_s,
             link_s=answer.link_s,
             compute_s=answer.compute_s,
             total_s=now - request.received,

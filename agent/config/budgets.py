@@ -6,7 +6,6 @@ from pydantic import Field
 
 from agent.config.base import Priority, Section
 
-
 MAX_USD = 1_000_000
 MAX_BYTES = 1 << 50
 MAX_REQUESTS = 1_000_000_000

@@ -46,6 +46,8 @@ class TargetState:
     failures: int = 0
     was_available: bool = False
     records: dict[str, TrackRecord] = field(default_factory=dict)
+    on_free: Callable[[], None] | None = None
+    """Called when an attempt has ended, whatever came of it."""
 
     @classmethod
     def of(cls, target: Target, breaker: Breaker, limit: Limit | None, accuracy_of: AccuracyOf) -> TargetState:
@@ -104,11 +106,12 @@ class Asking:
         """One try, to end by `until`. Raises nothing but `CancelledError` of its own task."""
         started = self.clock.monotonic()
         cut_off = max(until, min(until + GRACE_S, self.deadline))
-        over = self.over_budget(state, state.estimate(variant, started), started)
+        expected, others = state.estimate(variant, started), state.in_flight
+        usual_s = expected.idle_s
+        over = self.over_budget(state, expected, started)
         if over:  # others may have been quicker since it was looked at: only here it is sure that none comes between
             return None, attempted(state, variant, TargetBusy.code, 0.0, over, hedge=hedge)
-        settle = self._spend(state, variant, started)
-        others = state.in_flight
+        settle = self._spend(state, expected.bytes, started)
         state.in_flight += 1
         state.requests += 1
         probe = state.breaker.began(started)
@@ -123,7 +126,9 @@ class Asking:
         except asyncio.CancelledError:
             if _cancelled_from_outside():
                 state.breaker.released(probe=probe)
-                _given_up(state, variant, self.clock.monotonic(), started)
+                now = self.clock.monotonic()
+                if now - started > expected.p95_s:  # or only quick answers would be counted
+                    state.record(variant).observe_timeout(now, now - started)
                 raise
             error = TargetFailed("the target cancelled what it was asked")
         except Exception as defect:  # a target's fault must not lose the request: it is named, and the next is asked
@@ -132,18 +137,21 @@ class Asking:
         else:
             now = self.clock.monotonic()
             state.breaker.succeeded()
-            state.limit.observe(now, latency_s=now - started, in_flight=others, ok=True)
+            state.limit.observe(now, latency_s=now - started, usual_s=usual_s, in_flight=others, ok=True)
             sent = answer.bytes_sent + answer.bytes_received
             state.record(variant).observe(now, service_s=answer.compute_s, link_s=answer.link_s, bytes=sent)
             settle(state.traits.cost_usd, sent, now)
             return answer, attempted(state, variant, "ok", now - started, hedge=hedge)
         finally:
             state.in_flight -= 1
+            if state.on_free is not None:
+                state.on_free()
         now = self.clock.monotonic()
         if isinstance(error, TargetBusy):
             settle(0.0, None, now)
-        overloaded = isinstance(error, TargetTimeout | TargetBusy)
-        state.limit.observe(now, latency_s=now - started, in_flight=others, ok=not overloaded)
+        patient = until - started >= usual_s
+        overloaded = isinstance(error, TargetBusy) or (patient and isinstance(error, TargetTimeout))
+        state.limit.observe(now, latency_s=now - started, usual_s=usual_s, in_flight=others, ok=not overloaded)
         _count_failure(state, variant, error, probe, now, waited_s=now - started, given_s=until - started)
         return None, attempted(state, variant, error.code, now - started, str(error), hedge=hedge)
 
@@ -154,15 +162,14 @@ class Asking:
         traits = state.traits
         return self.budgets.objection(traits.name, traits.cost_usd, estimate.bytes, self.request.priority, now)
 
-    def _spend(self, state: TargetState, variant: Variant, now: float) -> Callable[[float, int | None, float], None]:
+    def _spend(self, state: TargetState, size: int, now: float) -> Callable[[float, int | None, float], None]:
         """Count the attempt against the lane's budget. What is returned corrects that: cost, bytes (None: as expected)
         and now."""
         budgets = self.budgets
         if budgets is None or not state.traits.tier.is_cloud:
             return lambda cost_usd, bytes, now: None
-        expected = state.estimate(variant, now).bytes
-        receipt = budgets.spend(state.traits.name, state.traits.cost_usd, expected, now)
-        return lambda cost_usd, bytes, now: budgets.settle(receipt, cost_usd, expected if bytes is None else bytes, now)
+        receipt = budgets.spend(state.traits.name, state.traits.cost_usd, size, now)
+        return lambda cost_usd, bytes, now: budgets.settle(receipt, cost_usd, size if bytes is None else bytes, now)
 
 
 def _count_failure(
@@ -181,20 +188,13 @@ def _count_failure(
     hurried = False
     if isinstance(error, TargetTimeout):
         # A wait shorter than the target usually takes says more about the deadline than about the target.
-        hurried = given_s < record.estimate(now, 0, 1).p50_s / 2
+        hurried = given_s < state.estimate(variant, now).idle_s / 2
         record.observe_timeout(now, waited_s)
     if error.counts and not hurried:
         record.observe_failure(now)
         state.breaker.failed(now, probe=probe, permanent=error.permanent)
     else:
         state.breaker.released(probe=probe)
-
-
-def _given_up(state: TargetState, variant: Variant, now: float, started: float) -> None:
-    """An attempt was cancelled. That it had taken longer than usual by then is worth knowing: only quick answers would
-    be counted otherwise."""
-    if now - started > state.estimate(variant, now).p95_s:
-        state.record(variant).observe_timeout(now, now - started)
 
 
 def attempted(

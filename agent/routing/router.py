@@ -11,7 +11,7 @@ from agent.core.types import AccuracyMode, Attempt, Complexity, InferenceRequest
 from agent.registry.catalog import Family, Variant, complexity
 from agent.routing.attempt import AccuracyOf, Asking, TargetState
 from agent.routing.breaker import Breaker, BreakerState
-from agent.routing.decision import Budgets, Candidate, Decision, Limit, Play, Question
+from agent.routing.decision import Budgets, Candidate, Constraint, Decision, Limit, Play, Question
 from agent.routing.estimate import Estimate
 from agent.routing.policy import Policy
 from agent.routing.walk import MARGIN_S, NoAnswer, Routed, Variants, Walk, breaker_reason
@@ -85,6 +85,29 @@ class Router:
     def available(self) -> bool:
         """Whether any target can be asked now."""
         return any(state.target.availability().available for state in self._states.values())
+
+    def on_free(self, told: Callable[[], None]) -> None:
+        """Be told whenever an attempt has ended, so that some target may have room."""
+        for state in self._states.values():
+            state.on_free = told
+
+    def full(self, request: InferenceRequest, family: Family) -> bool:
+        """Whether nothing but full targets stands in the way of an answer now."""
+        decision, _ = self.decide(request, family, self._clock.monotonic())
+        return not decision.ranked and Constraint.BUSY in decision.excluded.values()
+
+    def quickest_s(self, request: InferenceRequest, family: Family) -> float:
+        """The least that an answer usually takes, of whatever target can be asked at all; 0 if none can."""
+        now = self._clock.monotonic()
+        return min(
+            (
+                state.estimate(variant, now).idle_s
+                for state in self._states.values()
+                if state.target.availability().available
+                for variant in state.target.variants_for(family, request.variant)
+            ),
+            default=0.0,
+        )
 
     def decide(
         self,
@@ -211,7 +234,7 @@ def _candidates(state: TargetState, variants: Sequence[Variant], asking: Asking,
     state.was_available = availability.available
     unavailable = "" if availability.available else availability.reason or "unavailable"
     broken = "" if breaker.allows(now) else breaker_reason(breaker, now)
-    limit = state.limit.limit(now)
+    limit = state.limit.limit(now, asking.request.latency_class)
 
     def candidate(id_: str, size: int, estimate: Estimate, passed_over: int, over: str) -> Candidate:
         return Candidate(
