@@ -104,14 +104,31 @@ class Asking:
         self, state: TargetState, variant: Variant, until: float, *, hedge: bool = False
     ) -> tuple[TargetAnswer | None, Attempt]:
         """One try, to end by `until`. Raises nothing but `CancelledError` of its own task."""
+        budgets, traits = self.budgets, state.traits
+        if budgets is None or not traits.tier.is_cloud:
+            return await self._try(state, variant, until, hedge=hedge)
+        now = self.clock.monotonic()
+        expected = state.estimate(variant, now)
+        over = self.over_budget(state, expected, now)
+        if over:  # another request may have been quicker since the ranking; between here and `spend` none can be
+            return None, attempted(state, variant, TargetBusy.code, 0.0, over, hedge=hedge)
+        receipt = budgets.spend(traits.name, traits.cost_usd, expected.bytes, now)
+        answer, attempt = await self._try(state, variant, until, hedge=hedge)
+        if answer is not None:
+            used = answer.bytes_sent + answer.bytes_received
+            budgets.settle(receipt, traits.cost_usd, used, self.clock.monotonic())
+        elif attempt.outcome == TargetBusy.code:
+            budgets.settle(receipt, 0.0, expected.bytes, self.clock.monotonic())
+        return answer, attempt
+
+    async def _try(
+        self, state: TargetState, variant: Variant, until: float, *, hedge: bool
+    ) -> tuple[TargetAnswer | None, Attempt]:
+        """The same, whatever it costs."""
         started = self.clock.monotonic()
         cut_off = max(until, min(until + GRACE_S, self.deadline))
         expected, others = state.estimate(variant, started), state.in_flight
         usual_s = expected.idle_s
-        over = self.over_budget(state, expected, started)
-        if over:  # others may have been quicker since it was looked at: only here it is sure that none comes between
-            return None, attempted(state, variant, TargetBusy.code, 0.0, over, hedge=hedge)
-        settle = self._spend(state, expected.bytes, started)
         state.in_flight += 1
         state.requests += 1
         probe = state.breaker.began(started)
@@ -140,15 +157,12 @@ class Asking:
             state.limit.observe(now, latency_s=now - started, usual_s=usual_s, in_flight=others, ok=True)
             sent = answer.bytes_sent + answer.bytes_received
             state.record(variant).observe(now, service_s=answer.compute_s, link_s=answer.link_s, bytes=sent)
-            settle(state.traits.cost_usd, sent, now)
             return answer, attempted(state, variant, "ok", now - started, hedge=hedge)
         finally:
             state.in_flight -= 1
             if state.on_free is not None:
                 state.on_free()
         now = self.clock.monotonic()
-        if isinstance(error, TargetBusy):
-            settle(0.0, None, now)
         patient = until - started >= usual_s
         overloaded = isinstance(error, TargetBusy) or (patient and isinstance(error, TargetTimeout))
         state.limit.observe(now, latency_s=now - started, usual_s=usual_s, in_flight=others, ok=not overloaded)
@@ -161,15 +175,6 @@ class Asking:
             return ""
         traits = state.traits
         return self.budgets.objection(traits.name, traits.cost_usd, estimate.bytes, self.request.priority, now)
-
-    def _spend(self, state: TargetState, size: int, now: float) -> Callable[[float, int | None, float], None]:
-        """Count the attempt against the lane's budget. What is returned corrects that: cost, bytes (None: as expected)
-        and now."""
-        budgets = self.budgets
-        if budgets is None or not state.traits.tier.is_cloud:
-            return lambda cost_usd, bytes, now: None
-        receipt = budgets.spend(state.traits.name, state.traits.cost_usd, size, now)
-        return lambda cost_usd, bytes, now: budgets.settle(receipt, cost_usd, size if bytes is None else bytes, now)
 
 
 def _count_failure(
