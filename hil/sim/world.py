@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,6 +76,14 @@ class Plan(NamedTuple):
         return self.queue_s + self.service_s + self.link_s
 
 
+class Known(NamedTuple):
+    """An attempt on record: its times, or after how many seconds it failed."""
+
+    service_s: float
+    link_s: float
+    lost_s: float = math.inf
+
+
 @dataclass(slots=True)
 class _Queue:
     """When each server will be free, as a heap."""
@@ -106,7 +115,7 @@ class SimTarget:
         self._world = world
         self._queues: dict[str, _Queue] = {}
         self._variants: dict[tuple[str, str | None], tuple[Variant, ...]] = {}
-        self.weather = Weather(place.traits.tier, world.faults)
+        self.weather = world.weather.get(place.traits.name) or Weather.of(place.traits.tier, world.faults)
         self.sent = 0
 
     @property
@@ -140,7 +149,8 @@ class SimTarget:
         out_s = 0.0 if self.place.serial else link_s / 2
         queue_s = self._queue(variant).wait_s(now + out_s)
         lost_s = 0.0 if self.weather.gone(now) or self.weather.silent(now) else self.weather.lost_at(now) - now
-        return Plan(queue_s, service_s, link_s, lost_s)
+        known = self._world.known_of(self._traits.name, variant, number)
+        return Plan(queue_s, service_s, link_s, lost_s if known is None else min(lost_s, known.lost_s))
 
     async def infer(self, request: InferenceRequest, family: Family, variant: Variant, deadline: float) -> TargetAnswer:
         now = self._world.clock.monotonic()
@@ -205,6 +215,10 @@ class World:
     seed: int
     places: Sequence[Place]
     faults: Sequence[Fault] = ()
+    weather: Mapping[str, Weather] = field(default_factory=dict)
+    """Of targets, by name, where it does not come of `faults`."""
+    known: Mapping[tuple[str, str], Mapping[int, Known]] = field(default_factory=dict)
+    """By target and variant: what is known to have become of requests there, by their number."""
     targets: dict[str, SimTarget] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -227,12 +241,19 @@ class World:
     def draws(self, target: str, variant: Variant) -> Draws:
         found = self._draws.get((target, variant.name))
         if found is None:
-            times = self.times.variants[variant.name]
             place = f"{target} {variant.name}"
+            times = self.times.variants.get(place) or self.times.variants[variant.name]
             found = self._draws[target, variant.name] = Draws(
                 times.service.draw(self._uniform(f"{place} service")), times.link.draw(self._uniform(f"{place} link"))
             )
+            for number, known in self.known.get((target, variant.name), {}).items():
+                if known.lost_s == math.inf:
+                    found.service[number], found.link[number] = known.service_s, known.link_s
         return found
+
+    def known_of(self, target: str, variant: Variant, number: int) -> Known | None:
+        known = self.known.get((target, variant.name))
+        return None if known is None else known.get(number)
 
     def outputs(self, request: InferenceRequest, family: Family, variant: Variant) -> Mapping[str, Any]:
         """The real model's answer to the sample that the request holds."""
