@@ -16,6 +16,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, fie
 
 from agent.config.base import NAME_PATTERN, TOPIC_PATTERN, ClassName, Name, Priority, Section, Substituted, Topic
 from agent.config.broker import BrokerSection, check_broker_url, check_topic_filter
+from agent.config.cascade import AccuracyName, AccuracySection, DriftSection, ShadowSection
 from agent.config.doors import HttpSection, MqttSection, SensorSection
 from agent.config.routing import (
     BreakerSection,
@@ -30,11 +31,14 @@ from agent.config.tiers import CloudSection, GpuSection, LaneSection, McuSection
 __all__ = [
     "NAME_PATTERN",
     "TOPIC_PATTERN",
+    "AccuracyName",
+    "AccuracySection",
     "BreakerSection",
     "BrokerSection",
     "ClassName",
     "CloudSection",
     "Config",
+    "DriftSection",
     "FallbackSection",
     "GatewaySection",
     "GpuSection",
@@ -52,6 +56,7 @@ __all__ = [
     "RoutingSection",
     "Section",
     "SensorSection",
+    "ShadowSection",
     "Substituted",
     "Topic",
     "UtilityWeights",
@@ -110,6 +115,9 @@ class Config(Section):
     gateway: GatewaySection = Field(default_factory=GatewaySection)
     models: ModelsSection = ModelsSection()
     routing: RoutingSection = RoutingSection()
+    accuracy: AccuracySection = AccuracySection()
+    shadow: ShadowSection = ShadowSection()
+    drift: DriftSection = DriftSection()
     edge_mcu: McuSection = McuSection()
     edge_gpu: GpuSection = GpuSection()
     cloud: CloudSection = CloudSection()

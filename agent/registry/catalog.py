@@ -109,6 +109,12 @@ class Variant(_Strict):
         """`family/variant`, unique in a catalogue."""
         return f"{self.model}/{self.id}"
 
+    @cached_property
+    def cascade_gain(self) -> float:
+        """By how much accuracy rises where what this variant is not sure of is asked again; 0 without a calibration."""
+        cascade = None if self.calibration is None else self.calibration.cascade
+        return 0.0 if cascade is None else max(0.0, cascade.accuracy - self.accuracy.value)
+
 
 class FamilyData(_Strict):
     """Where the training data came from, and the held-out part that ships."""

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from agent.config import RoutingSection
 from agent.core.clock import Clock
 from agent.core.errors import TargetBusy
-from agent.core.types import Attempt, Complexity, InferenceRequest, TargetAnswer
+from agent.core.types import AccuracyMode, Attempt, Complexity, InferenceRequest, TargetAnswer
 from agent.registry.catalog import Family, Variant, complexity
 from agent.routing.attempt import GRACE_S, Asking, TargetState
 from agent.routing.breaker import Breaker, BreakerState
@@ -26,6 +26,8 @@ RESERVE_SHARE = 0.1
 
 Among: TypeAlias = Callable[[TargetTraits, Variant], bool]
 """Says of a play whether it may be asked at all."""
+Order: TypeAlias = Callable[[TargetTraits, Variant], float]
+"""Puts plays before others, whatever their rank: lower first. Among equals the ranking stands."""
 Variants: TypeAlias = Mapping[Play, Variant]
 AccuracyOf: TypeAlias = Callable[[Variant], float]
 LimitFor: TypeAlias = Callable[[TargetTraits], Limit]
@@ -113,6 +115,15 @@ class Router:
             self._complexities[family.name] = grade
         return grade
 
+    def lanes(self) -> list[tuple[TargetTraits, int, int]]:
+        """Cloud targets that can be asked now: what they are, attempts in flight, and how many they may have."""
+        now = self._clock.monotonic()
+        return [
+            (state.traits, state.in_flight, state.limit.limit(now))
+            for state in self._states.values()
+            if state.traits.tier.is_cloud and state.target.availability().available
+        ]
+
     def available(self) -> bool:
         """Whether any target can be asked now."""
         return any(state.target.availability().available for state in self._states.values())
@@ -124,9 +135,11 @@ class Router:
         now: float,
         *,
         among: Among | None = None,
+        order: Order | None = None,
         deadline: float | None = None,
     ) -> tuple[Decision, Variants]:
-        """Rank the plays for a request; also the variant of each."""
+        """Rank the plays for a request; also the variant of each. With `order`, plays that are sure to be in time come
+        in that order first."""
         grade = (
             complexity(family.variants[request.variant], simple=self._simple, medium=self._medium)
             if request.variant
@@ -151,17 +164,37 @@ class Router:
                     candidates.append(self._candidate(state, variant, request, now))
             if not able and among is None:
                 candidates.append(self._candidate(state, None, request, now))
-        return decide(question, candidates, self._settings), variants
+        decision = decide(question, candidates, self._settings)
+        if order is not None and len(decision.ranked) > 1:
+            risky = {Play(judged.target, judged.variant) for judged in decision.judged if judged.at_risk}
+            first = decision.ranked[0]
+            decision.ranked = tuple(
+                sorted(
+                    decision.ranked,
+                    key=lambda play: (play in risky, order(self._states[play.target].traits, variants[play])),
+                )
+            )
+            if decision.ranked[0] != first:
+                decision.reasons += (f"{decision.ranked[0].target}: before {first.target}: more accurate",)
+        return decision, variants
 
     async def run(
-        self, request: InferenceRequest, family: Family, *, among: Among | None = None, deadline: float | None = None
+        self,
+        request: InferenceRequest,
+        family: Family,
+        *,
+        among: Among | None = None,
+        order: Order | None = None,
+        deadline: float | None = None,
     ) -> Routed:
         """Ask until one answers, by `deadline` if that is sooner than the request's; only plays that `among` lets pass.
 
         Raises `NoAnswer`.
         """
         end = request.deadline if deadline is None else min(deadline, request.deadline)
-        decision, variants = self.decide(request, family, self._clock.monotonic(), among=among, deadline=end)
+        decision, variants = self.decide(
+            request, family, self._clock.monotonic(), among=among, order=order, deadline=end
+        )
         asking = Asking(request, family, end, self._clock, self._budgets)
         attempts: list[Attempt] = []
         reasons = list(decision.reasons)
@@ -211,6 +244,8 @@ class Router:
             estimate = state.estimate(variant, now)
             estimate.cost_usd = traits.cost_usd
             estimate.accuracy = self._accuracy_of(variant)
+            if request.accuracy is AccuracyMode.ADAPTIVE and request.variant is None:
+                estimate.accuracy = min(1.0, estimate.accuracy + variant.cascade_gain)
         return Candidate(
             target=traits.name,
             tier=traits.tier,
