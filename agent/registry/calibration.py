@@ -40,7 +40,8 @@ class Cascade(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    threshold: Share
+    threshold: float = Field(ge=0, le=2)
+    """Above 1: no answer is taken."""
     max_loss: Share
     offload: Share
     accuracy: Share

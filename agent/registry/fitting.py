@@ -25,6 +25,8 @@ MIN_ERRORS = 2
 """Wrong answers that a temperature takes; with fewer, nothing says how sure the model should be, and it stays at 1."""
 AIM = 0.5
 """The share of the permitted loss that the fit uses up: a threshold is optimistic on the data it was fitted to."""
+NOTHING_TAKEN = 2.0
+"""A threshold that no confidence reaches: even the surest answers are wrong too often."""
 FOLDS = 10
 REPEATS = 10
 _GOLDEN = (5**0.5 - 1) / 2
@@ -94,7 +96,7 @@ def fit_threshold(confidences: Floats, lost: Mask, max_share: float) -> float:
         below = sorted_[taken] if taken < len(sorted_) else None
         if losses[taken - 1] <= allowed and below != sorted_[taken - 1]:
             return float(sorted_[taken - 1] if below is None else (sorted_[taken - 1] + below) / 2)
-    return 1.0
+    return NOTHING_TAKEN
 
 
 def lost(answers: Integers, reference: Integers, labels: Integers) -> Mask:

@@ -87,7 +87,7 @@ class Shadow:
         self._arrived = asyncio.Event()
         self._asking: asyncio.Task[None] | None = None
         self.counters = dict.fromkeys(
-            ("drawn", "free", "asked", "answered", "failed", "over_budget", "dropped", "gave_way"), 0
+            ("drawn", "free", "asked", "answered", "failed", "not_drawn", "dropped", "gave_way"), 0
         )
         self.cost_usd = 0.0
 
@@ -101,7 +101,7 @@ class Shadow:
             return
         now = self._clock.monotonic()
         if not self._affordable(now) or not self._draws.take(1, now):
-            self.counters["over_budget"] += 1
+            self.counters["not_drawn"] += 1
             return
         self.counters["drawn"] += 1
         if len(self._waiting) >= self._settings.max_queued:
