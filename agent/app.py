@@ -79,7 +79,13 @@ class App:
         self.load = LoadSampler()
         self.targets = build_targets(config, catalog, clock)
         self.accuracies = Accuracies(catalog, config.drift, config.gateway.state_dir / "accuracy.json")
-        self.router = Router(self.targets, config.routing, clock, accuracy_of=self.accuracies.accuracy_of)
+        self.router = Router(
+            self.targets,
+            config.routing,
+            clock,
+            accuracy_of=self.accuracies.accuracy_of,
+            floor_of=lambda _: config.accuracy.floor,
+        )
         self.shadow = Shadow(self.router, self.accuracies, config.shadow, clock)
         self.cache = ResultCache(config.fallback, config.gateway.state_dir / "cache.sqlite", catalog, clock)
         self.pipeline = Pipeline(

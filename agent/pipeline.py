@@ -15,8 +15,9 @@ from agent.core.errors import DeadlineExceeded, InferenceError, InvalidRequest, 
 from agent.core.types import AccuracyMode, Attempt, InferenceRequest, InferenceResult, Tier
 from agent.registry.catalog import Catalog, Family
 from agent.registry.confidence import Classified, classified
+from agent.routing.attempt import AccuracyOf
 from agent.routing.cascade import Answered, Cascade
-from agent.routing.router import AccuracyOf, NoAnswer, Router, of_the_catalogue
+from agent.routing.router import NoAnswer, Router, of_the_catalogue
 from agent.routing.shadow import Shadow
 from agent.store.cache import CacheKey, Freshness, Hit, ResultCache, cache_key
 from agent.telemetry.metrics import Metrics

@@ -20,6 +20,7 @@ from agent.config.cascade import AccuracyName, AccuracySection, DriftSection, Sh
 from agent.config.doors import HttpSection, MqttSection, SensorSection
 from agent.config.routing import (
     BreakerSection,
+    ClassWeights,
     LatencyThresholds,
     ModelSizeThresholds,
     ParameterThresholds,
@@ -36,6 +37,7 @@ __all__ = [
     "BreakerSection",
     "BrokerSection",
     "ClassName",
+    "ClassWeights",
     "CloudSection",
     "Config",
     "DriftSection",

@@ -113,7 +113,7 @@ class TargetAnswer(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """One try on one target: `outcome` is `ok` or the code of a `TargetError`."""
+    """One try on one target: `outcome` is `ok`, the code of a `TargetError`, or `cancelled`: another answered first."""
 
     target: str
     tier: Tier
@@ -121,6 +121,8 @@ class Attempt(NamedTuple):
     outcome: str
     elapsed_s: float
     error: str | None = None
+    hedge: bool = False
+    """Whether it was begun while another was still under way, because that one was late."""
 
     def to_dict(self) -> dict[str, Any]:
         attempt: dict[str, Any] = {
@@ -132,6 +134,8 @@ class Attempt(NamedTuple):
         }
         if self.error is not None:
             attempt["error"] = self.error
+        if self.hedge:
+            attempt["hedge"] = True
         return attempt
 
 

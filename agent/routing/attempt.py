@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+
+import numpy as np
 
 from agent.core.clock import Clock
 from agent.core.errors import TargetBusy, TargetError, TargetFailed, TargetTimeout
@@ -13,13 +18,18 @@ from agent.core.within import within
 from agent.registry.catalog import Family, Variant
 from agent.routing.breaker import Breaker
 from agent.routing.decision import Budgets, Fixed, Limit
-from agent.routing.estimate import Estimate, TargetTimes
+from agent.routing.estimate import Cold, Estimate, Link, TrackRecord, fit_link
 from agent.targets.base import Target, TargetTraits
 
 log = logging.getLogger(__name__)
 
 GRACE_S = 0.005
 """A target that overruns its attempt's deadline by this much is cut off, and at the request's deadline in any case."""
+MAX_LINK_POINTS = 8
+"""Variants that a target's line of link times is fitted to: the slopes between them number 28."""
+
+AccuracyOf = Callable[[Variant], float]
+"""The share of a variant's answers that are right."""
 
 
 @dataclass(slots=True)
@@ -30,25 +40,53 @@ class TargetState:
     traits: TargetTraits
     breaker: Breaker
     limit: Limit
+    accuracy_of: AccuracyOf
     in_flight: int = 0
     requests: int = 0
     failures: int = 0
     was_available: bool = False
-    times: dict[str, TargetTimes] = field(default_factory=dict)
+    records: dict[str, TrackRecord] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, target: Target, breaker: Breaker, limit: Limit | None = None) -> TargetState:
-        return cls(target, target.traits, breaker, limit or Fixed(target.traits.max_concurrent))
+    def of(cls, target: Target, breaker: Breaker, limit: Limit | None, accuracy_of: AccuracyOf) -> TargetState:
+        return cls(target, target.traits, breaker, limit or Fixed(target.traits.max_concurrent), accuracy_of)
 
-    def times_of(self, variant: Variant) -> TargetTimes:
-        times = self.times.get(variant.name)
-        if times is None:
-            times = self.times[variant.name] = TargetTimes(self.traits.prior_s)
-        return times
+    def record(self, variant: Variant) -> TrackRecord:
+        record = self.records.get(variant.name)
+        if record is None:
+            record = self.records[variant.name] = self._new_record(variant)
+        return record
 
-    def estimate(self, variant: Variant, now: float) -> Estimate:
-        """Of an attempt that starts now, behind what is in flight."""
-        return self.times_of(variant).estimate(now, self.in_flight, self.traits.parallel)
+    def _new_record(self, variant: Variant) -> TrackRecord:
+        size = self.bytes_of(variant)
+        return TrackRecord(partial(self.cold, variant.name, size), size)
+
+    def estimate(self, variant: Variant, now: float, *, cascade: bool = False) -> Estimate:
+        """Of an attempt that starts now, behind what is in flight. `cascade`: the accuracy is that of a cascade which
+        begins with it."""
+        traits, accuracy = self.traits, self.accuracy_of(variant)
+        if cascade:
+            accuracy = min(1.0, accuracy + variant.cascade_gain)
+        return self.record(variant).estimate(now, self.in_flight, traits.parallel, traits.cost_usd, accuracy)
+
+    def cold(self, name: str, size: int, now: float) -> Cold:
+        """What to assume of a variant of which nothing is known lately: the target's first guess, and a link as the
+        other variants found it."""
+        traits = self.traits
+        points: list[tuple[int, float]] = []
+        for other, record in self.records.items():
+            point = record.link_point(now) if other != name else None
+            if point is not None and len(points) < MAX_LINK_POINTS:
+                points.append(point)
+        link = fit_link(points, Link(traits.prior_link_s, 1.0 / traits.bytes_per_s))
+        return Cold(max(0.0, traits.prior_s - traits.prior_link_s), link.takes(size))
+
+    def bytes_of(self, variant: Variant) -> int:
+        """On the wire, both ways, until it was measured; 0 where nothing is sent."""
+        if self.traits.bytes_per_s == np.inf:
+            return 0
+        tensors = (*variant.inputs, *variant.outputs)
+        return self.traits.overhead_bytes + sum(prod(t.shape) * np.dtype(t.dtype).itemsize for t in tensors)
 
 
 @dataclass(slots=True)
@@ -61,13 +99,13 @@ class Asking:
     clock: Clock
     budgets: Budgets | None = None
 
-    async def attempt(self, state: TargetState, variant: Variant, until: float) -> tuple[TargetAnswer | None, Attempt]:
+    async def attempt(
+        self, state: TargetState, variant: Variant, until: float, *, hedge: bool = False
+    ) -> tuple[TargetAnswer | None, Attempt]:
         """One try, to end by `until`. Raises nothing but `CancelledError` of its own task."""
         started = self.clock.monotonic()
         cut_off = max(until, min(until + GRACE_S, self.deadline))
-        if self.budgets is not None and state.traits.tier.is_cloud:
-            estimate = state.estimate(variant, started)
-            self.budgets.spend(state.traits.name, state.traits.cost_usd, estimate.bytes, started)
+        self._charge(state, variant, started)
         others = state.in_flight
         state.in_flight += 1
         state.requests += 1
@@ -83,6 +121,7 @@ class Asking:
         except asyncio.CancelledError:
             if _cancelled_from_outside():
                 state.breaker.released(probe=probe)
+                _given_up(state, variant, self.clock.monotonic(), started)
                 raise
             error = TargetFailed("the target cancelled what it was asked")
         except Exception as defect:  # a target's fault must not lose the request: it is named, and the next is asked
@@ -92,22 +131,33 @@ class Asking:
             now = self.clock.monotonic()
             state.breaker.succeeded()
             state.limit.observe(now, latency_s=now - started, in_flight=others, ok=True)
-            state.times_of(variant).observe(now, service_s=answer.compute_s, link_s=answer.link_s)
-            return answer, record(state, variant, "ok", now - started)
+            sent = answer.bytes_sent + answer.bytes_received
+            state.record(variant).observe(now, service_s=answer.compute_s, link_s=answer.link_s, bytes=sent)
+            return answer, attempted(state, variant, "ok", now - started, hedge=hedge)
         finally:
             state.in_flight -= 1
         now = self.clock.monotonic()
         overloaded = isinstance(error, TargetTimeout | TargetBusy)
         state.limit.observe(now, latency_s=now - started, in_flight=others, ok=not overloaded)
-        count_failure(
-            state, state.times_of(variant), error, probe, now, waited_s=now - started, given_s=until - started
-        )
-        return None, record(state, variant, error.code, now - started, str(error))
+        _count_failure(state, variant, error, probe, now, waited_s=now - started, given_s=until - started)
+        return None, attempted(state, variant, error.code, now - started, str(error), hedge=hedge)
+
+    def over_budget(self, state: TargetState, estimate: Estimate, now: float) -> str:
+        """Why the budgets do not let the lane be asked; empty: they do."""
+        if self.budgets is None or not state.traits.tier.is_cloud:
+            return ""
+        traits = state.traits
+        return self.budgets.objection(traits.name, traits.cost_usd, estimate.bytes, self.request.priority, now)
+
+    def _charge(self, state: TargetState, variant: Variant, now: float) -> None:
+        if self.budgets is not None and state.traits.tier.is_cloud:
+            size = state.estimate(variant, now).bytes
+            self.budgets.spend(state.traits.name, state.traits.cost_usd, size, now)
 
 
-def count_failure(
+def _count_failure(
     state: TargetState,
-    times: TargetTimes,
+    variant: Variant,
     error: TargetError,
     probe: bool,
     now: float,
@@ -117,19 +167,37 @@ def count_failure(
 ) -> None:
     """Tell the breaker and the estimates of an attempt that was given `given_s` and failed after `waited_s`."""
     state.failures += 1
+    record = state.record(variant)
     hurried = False
     if isinstance(error, TargetTimeout):
         # A wait shorter than the target usually takes says more about the deadline than about the target.
-        hurried = given_s < times.estimate(now, 0, 1).p50_s / 2
-        times.observe_timeout(now, waited_s)
+        hurried = given_s < record.estimate(now, 0, 1).p50_s / 2
+        record.observe_timeout(now, waited_s)
     if error.counts and not hurried:
+        record.observe_failure(now)
         state.breaker.failed(now, probe=probe, permanent=error.permanent)
     else:
         state.breaker.released(probe=probe)
 
 
-def record(state: TargetState, variant: Variant, outcome: str, elapsed_s: float, error: str | None = None) -> Attempt:
-    return Attempt(state.traits.name, state.traits.tier, variant.id, outcome, elapsed_s, error)
+def _given_up(state: TargetState, variant: Variant, now: float, started: float) -> None:
+    """An attempt was cancelled. That it had taken longer than usual by then is worth knowing: only quick answers would
+    be counted otherwise."""
+    if now - started > state.estimate(variant, now).p95_s:
+        state.record(variant).observe_timeout(now, now - started)
+
+
+def attempted(
+    state: TargetState,
+    variant: Variant,
+    outcome: str,
+    elapsed_s: float,
+    error: str | None = None,
+    *,
+    hedge: bool = False,
+) -> Attempt:
+    """The record of one try, for the answer."""
+    return Attempt(state.traits.name, state.traits.tier, variant.id, outcome, elapsed_s, error, hedge)
 
 
 def _cancelled_from_outside() -> bool:

@@ -17,7 +17,7 @@ from agent.core.types import AccuracyMode, InferenceRequest
 from agent.registry.catalog import Family, Variant
 from agent.registry.confidence import Classified, classified
 from agent.routing.decision import Decision
-from agent.routing.router import Among, NoAnswer, Order, Routed, Router
+from agent.routing.router import Among, NoAnswer, Routed, Router
 from agent.targets.base import TargetTraits
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Cascade:
 
     async def run(self, request: InferenceRequest, family: Family) -> Answered:
         """Raises `NoAnswer`, if not even a first stage answered."""
-        routed = await self._router.run(request, family, among=self._among(request), order=self._order(request))
+        routed = await self._router.run(request, family, among=self._among(request))
         found = classified(routed.answer.outputs, family, routed.variant)
         held = Answered(routed, found, found, routed.variant, (routed.decision,))
         if found.sure or request.variant is not None or request.accuracy is not AccuracyMode.ADAPTIVE:
@@ -76,51 +76,62 @@ class Cascade:
             return None
         return lambda traits, variant: self._accuracy_of(variant) >= self._floor
 
-    def _order(self, request: InferenceRequest) -> Order | None:
-        """`high` begins with the most accurate; the others as routing ranks."""
-        return self._most_accurate if request.accuracy is AccuracyMode.HIGH and request.variant is None else None
-
-    def _most_accurate(self, traits: TargetTraits, variant: Variant) -> float:
-        return -self._accuracy_of(variant)
-
     async def _escalated(self, request: InferenceRequest, family: Family, held: Answered) -> Answered:
-        first = held.routed
-        asked = self._accuracy_of(first.variant)
+        """Ask better variants until one is sure, each play once."""
+        while not held.classified.sure:
+            why = _sureness(held)
+            retries = max(0, request.max_retries - len(held.routed.attempts) + 1)
+            again = replace(request, accuracy=AccuracyMode.HIGH, max_retries=retries)
+            try:
+                deadline = request.deadline - HOLD_S
+                second = await self._router.run(again, family, among=_better(held.routed), deadline=deadline)
+            except NoAnswer as failure:
+                return _held(held, failure, why)
+            held = _after(held, second, why, classified(second.answer.outputs, family, second.variant))
+        return held
 
-        def better(traits: TargetTraits, variant: Variant) -> bool:
-            return self._accuracy_of(variant) > asked
 
-        again = replace(request, max_retries=max(0, request.max_retries - len(first.attempts) + 1))
-        why = _sureness(held)
-        try:
-            second = await self._router.run(
-                again, family, among=better, order=self._most_accurate, deadline=request.deadline - HOLD_S
-            )
-        except NoAnswer as failure:
-            answered = _with(held, HELD, (f"{why}; no more accurate variant answered", *failure.reasons))
-            answered.routed.attempts += failure.attempts
-            answered.routed.cost_usd += failure.cost_usd
-            answered.decisions += (failure.decision,)
-            return answered
-        found = classified(second.answer.outputs, family, second.variant)
-        escalation = ESCALATED if found.sure else HELD
-        end = f"{second.traits.name}/{second.variant.id}: {'answers' if found.sure else 'is not sure either'}"
-        routed = replace(
-            second,
-            attempts=first.attempts + second.attempts,
-            reasons=(*first.reasons, why, *second.reasons, end),
-            cost_usd=first.cost_usd + second.cost_usd,
-        )
-        decisions = (*held.decisions, second.decision)
-        return Answered(routed, found, held.first, held.first_variant, decisions, escalation)
+def _better(held: Routed) -> Among:
+    """Plays of variants that were more accurate on the held-out data, and the reference, unless tried already."""
+    tried = {(attempt.target, attempt.variant) for attempt in held.attempts}
+    calibration = held.variant.calibration
+    reference = "" if calibration is None or calibration.cascade is None else calibration.cascade.reference
+
+    def among(traits: TargetTraits, variant: Variant) -> bool:
+        better = variant.id == reference or variant.accuracy.value > held.variant.accuracy.value
+        return better and (traits.name, variant.id) not in tried
+
+    return among
+
+
+def _held(held: Answered, failure: NoAnswer, why: str) -> Answered:
+    """The answer as it is, with what was tried in vain."""
+    answered = _with(held, HELD, (f"{why}; no more accurate variant answered", *failure.reasons))
+    answered.routed.attempts += failure.attempts
+    answered.routed.cost_usd += failure.cost_usd
+    answered.decisions += (failure.decision,)
+    return answered
+
+
+def _after(held: Answered, second: Routed, why: str, found: Classified) -> Answered:
+    """The better variant's answer, with what went before it."""
+    first = held.routed
+    routed = replace(
+        second,
+        attempts=first.attempts + second.attempts,
+        reasons=(*first.reasons, why, *second.reasons),
+        cost_usd=first.cost_usd + second.cost_usd,
+    )
+    decisions = (*held.decisions, second.decision)
+    return Answered(routed, found, held.first, held.first_variant, decisions, ESCALATED)
 
 
 def _sureness(held: Answered) -> str:
-    calibration = held.first_variant.calibration
+    calibration = held.routed.variant.calibration
     assert calibration is not None and calibration.cascade is not None
     return (
-        f"{held.routed.traits.name}/{held.first_variant.id}: not sure: confidence {held.first.confidence:.3f} is below "
-        f"{calibration.cascade.threshold:.3f}"
+        f"{held.routed.traits.name}: {held.routed.variant.id} is not sure: confidence {held.classified.confidence:.3f} "
+        f"is below {calibration.cascade.threshold:.3f}"
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
@@ -87,10 +87,12 @@ class Candidate:
     budget: str = ""
     passed_over: int = 0
     """Requests that could have asked it since it was asked last."""
+    made: Play | None = None
+    """Target and variant together, where they are known already."""
 
     @property
     def play(self) -> Play:
-        return Play(self.target, self.variant)
+        return self.made or Play(self.target, self.variant)
 
 
 class Judged(NamedTuple):
@@ -125,16 +127,39 @@ class Judged(NamedTuple):
         }
 
 
-@dataclass(slots=True)
 class Decision:
     """`ranked` are the plays in the order in which they are to be tried; `weights` is what the terms were weighed with.
-    `reasons` are for a person."""
+    What is only told is put together when somebody asks for it: the target need not wait for that."""
 
-    policy: str
-    ranked: tuple[Play, ...]
-    reasons: tuple[str, ...]
-    judged: tuple[Judged, ...] = ()
-    weights: Mapping[str, float] = field(default_factory=dict)
+    __slots__ = ("_judged", "_reasons", "policy", "ranked", "weights")
+
+    def __init__(
+        self,
+        policy: str,
+        ranked: tuple[Play, ...],
+        reasons: tuple[str, ...] | Callable[[], tuple[str, ...]],
+        judged: tuple[Judged, ...] | Callable[[], tuple[Judged, ...]] = (),
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        self.policy = policy
+        self.ranked = ranked
+        self.weights = weights or {}
+        self._reasons = reasons
+        self._judged = judged
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """For a person: who was not asked, and why; then why the first one is the first."""
+        if not isinstance(self._reasons, tuple):
+            self._reasons = self._reasons()
+        return self._reasons
+
+    @property
+    def judged(self) -> tuple[Judged, ...]:
+        """Every candidate, those that a constraint ruled out first."""
+        if not isinstance(self._judged, tuple):
+            self._judged = self._judged()
+        return self._judged
 
     @property
     def excluded(self) -> dict[Play, Constraint]:
@@ -248,6 +273,12 @@ def judged_of(
 def in_order(candidates: Sequence[Candidate]) -> list[Candidate]:
     """So that the order in which candidates are given changes nothing."""
     return sorted(candidates, key=place)
+
+
+def not_asked(refused: Sequence[tuple[Candidate, tuple[Constraint, str]]]) -> list[str]:
+    """One line for each target and reason, in order of the fallback chain."""
+    refused = sorted(refused, key=lambda one: place(one[0]))
+    return list(dict.fromkeys(f"{candidate.target}: not asked: {text}" for candidate, (_, text) in refused))
 
 
 def _ms(seconds: float) -> float | None:

@@ -1,71 +1,28 @@
-"""Tries the ranked plays one after the other until one answers or the deadline leaves no room for another."""
+"""Who could answer, and who is asked: holds what is known of every target, decides, and has the ranking walked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from agent.config import RoutingSection
 from agent.core.clock import Clock
-from agent.core.errors import TargetBusy
-from agent.core.types import AccuracyMode, Attempt, Complexity, InferenceRequest, TargetAnswer
+from agent.core.types import AccuracyMode, Complexity, InferenceRequest, LatencyClass
 from agent.registry.catalog import Family, Variant, complexity
-from agent.routing.attempt import GRACE_S, Asking, TargetState
+from agent.routing.attempt import AccuracyOf, Asking, TargetState
 from agent.routing.breaker import Breaker, BreakerState
-from agent.routing.decision import Budgets, Candidate, Constraint, Decision, Limit, Play, Question
+from agent.routing.decision import Budgets, Candidate, Decision, Limit, Play, Question
 from agent.routing.estimate import Estimate
-from agent.routing.policy import decide
+from agent.routing.policy import Policy
+from agent.routing.walk import MARGIN_S, NoAnswer, Routed, Variants, Walk, breaker_reason
 from agent.targets.base import Target, TargetTraits
 
-MARGIN_S = 0.0005
-"""Kept back from every deadline to build and send the answer, or to find a stale one."""
-RESERVE_FACTOR = 2.0
-RESERVE_SHARE = 0.1
-"""An attempt leaves the next target this multiple of its 95th percentile, and at least this share of what is left."""
+__all__ = ["Among", "NoAnswer", "Routed", "Router", "Variants", "of_the_catalogue"]
 
 Among: TypeAlias = Callable[[TargetTraits, Variant], bool]
 """Says of a play whether it may be asked at all."""
-Order: TypeAlias = Callable[[TargetTraits, Variant], float]
-"""Puts plays before others, whatever their rank: lower first. Among equals the ranking stands."""
-Variants: TypeAlias = Mapping[Play, Variant]
-AccuracyOf: TypeAlias = Callable[[Variant], float]
 LimitFor: TypeAlias = Callable[[TargetTraits], Limit]
-
-
-@dataclass(slots=True)
-class Routed:
-    """A fresh answer, by whom, and how it came about."""
-
-    answer: TargetAnswer
-    traits: TargetTraits
-    variant: Variant
-    attempts: tuple[Attempt, ...]
-    reasons: tuple[str, ...]
-    cost_usd: float
-    decision: Decision
-
-
-class NoAnswer(Exception):
-    """No target answered. `late`: because the deadline left no room, not because all failed."""
-
-    def __init__(
-        self,
-        attempts: Sequence[Attempt],
-        reasons: Sequence[str],
-        *,
-        late: bool,
-        busy: bool,
-        cost_usd: float,
-        decision: Decision,
-    ) -> None:
-        super().__init__("no target answered")
-        self.attempts = tuple(attempts)
-        self.reasons = tuple(reasons)
-        self.late = late
-        self.busy = busy
-        self.cost_usd = cost_usd
-        self.decision = decision
+FloorOf: TypeAlias = Callable[[Family], float]
 
 
 def of_the_catalogue(variant: Variant) -> float:
@@ -76,8 +33,8 @@ def of_the_catalogue(variant: Variant) -> float:
 class Router:
     """Holds the breaker, the estimates, the limit and the in-flight count of every target.
 
-    `accuracy_of` says what share of a variant's answers is right; `limit_for` makes the limit of a target's attempts in
-    flight (default: its `max_concurrent`).
+    `accuracy_of` says what share of a variant's answers is right, `floor_of` which share `accuracy: acceptable` asks of
+    a family's; `limit_for` makes the limit of a target's attempts in flight (default: its `max_concurrent`).
     """
 
     def __init__(
@@ -88,15 +45,21 @@ class Router:
         *,
         budgets: Budgets | None = None,
         accuracy_of: AccuracyOf = of_the_catalogue,
+        floor_of: FloorOf | None = None,
         limit_for: LimitFor | None = None,
     ) -> None:
         self._settings = settings
+        self._policy = Policy(settings)
         self._clock = clock
         self._budgets = budgets
-        self._accuracy_of = accuracy_of
+        self._floor_of = floor_of
+        self._decisions = 0
         self._states = {
             target.traits.name: TargetState.of(
-                target, Breaker(settings.breaker), None if limit_for is None else limit_for(target.traits)
+                target,
+                Breaker(settings.breaker),
+                None if limit_for is None else limit_for(target.traits),
+                accuracy_of,
             )
             for target in sorted(targets, key=lambda target: target.traits.order)
         }
@@ -135,190 +98,74 @@ class Router:
         now: float,
         *,
         among: Among | None = None,
-        order: Order | None = None,
         deadline: float | None = None,
     ) -> tuple[Decision, Variants]:
-        """Rank the plays for a request; also the variant of each. With `order`, plays that are sure to be in time come
-        in that order first."""
+        """Rank the plays for a request; also the variant of each."""
         grade = (
             complexity(family.variants[request.variant], simple=self._simple, medium=self._medium)
             if request.variant
             else self.complexity_of(family)
         )
         end = request.deadline if deadline is None else min(deadline, request.deadline)
-        question = Question(
-            latency_class=request.latency_class,
-            complexity=grade,
-            priority=request.priority,
-            time_left_s=end - MARGIN_S - now,
-            allowed_regions=request.allowed_regions,
-            accuracy=request.accuracy,
-        )
         variants: dict[Play, Variant] = {}
-        candidates = []
+        candidates: list[Candidate] = []
+        asking = Asking(request, family, end, self._clock, self._budgets)
         for name, state in self._states.items():
             able = state.target.variants_for(family, request.variant)
-            for variant in able:
-                if among is None or among(state.traits, variant):
-                    variants[Play(name, variant.id)] = variant
-                    candidates.append(self._candidate(state, variant, request, now))
-            if not able and among is None:
-                candidates.append(self._candidate(state, None, request, now))
-        decision = decide(question, candidates, self._settings)
-        if order is not None and len(decision.ranked) > 1:
-            risky = {Play(judged.target, judged.variant) for judged in decision.judged if judged.at_risk}
-            first = decision.ranked[0]
-            decision.ranked = tuple(
-                sorted(
-                    decision.ranked,
-                    key=lambda play: (play in risky, order(self._states[play.target].traits, variants[play])),
-                )
-            )
-            if decision.ranked[0] != first:
-                decision.reasons += (f"{decision.ranked[0].target}: before {first.target}: more accurate",)
-        return decision, variants
+            chosen = able if among is None else [variant for variant in able if among(state.traits, variant)]
+            for variant in chosen:
+                variants[Play(name, variant.id)] = variant
+            if chosen or among is None:
+                candidates += _candidates(state, chosen, asking, now)
+        question = Question(
+            request.latency_class,
+            grade,
+            request.priority,
+            end - MARGIN_S - now,
+            request.allowed_regions,
+            request.accuracy,
+            self._floor(request, family),
+            self._previous(request.latency_class, variants),
+        )
+        return self._policy.decide(question, candidates), variants
+
+    def _floor(self, request: InferenceRequest, family: Family) -> float:
+        if request.accuracy is not AccuracyMode.ACCEPTABLE or self._floor_of is None:
+            return 0.0
+        return self._floor_of(family)
+
+    def _previous(self, latency_class: LatencyClass, variants: Variants) -> Play | None:
+        """Of these plays the one that was put first most recently for a request of this class."""
+        latest, previous = 0, None
+        for play, variant in variants.items():
+            chosen = self._states[play.target].record(variant).chosen.get(latency_class, 0)
+            if chosen > latest:
+                latest, previous = chosen, play
+        return previous
 
     async def run(
-        self,
-        request: InferenceRequest,
-        family: Family,
-        *,
-        among: Among | None = None,
-        order: Order | None = None,
-        deadline: float | None = None,
+        self, request: InferenceRequest, family: Family, *, among: Among | None = None, deadline: float | None = None
     ) -> Routed:
         """Ask until one answers, by `deadline` if that is sooner than the request's; only plays that `among` lets pass.
 
         Raises `NoAnswer`.
         """
         end = request.deadline if deadline is None else min(deadline, request.deadline)
-        decision, variants = self.decide(
-            request, family, self._clock.monotonic(), among=among, order=order, deadline=end
-        )
+        decision, variants = self.decide(request, family, self._clock.monotonic(), among=among, deadline=end)
+        self._remember(request.latency_class, decision, variants)
         asking = Asking(request, family, end, self._clock, self._budgets)
-        attempts: list[Attempt] = []
-        reasons = list(decision.reasons)
-        cost_usd = 0.0
-        late = False
+        return await Walk(asking, decision, variants, self._states, self._settings).run()
+
+    def _remember(self, latency_class: LatencyClass, decision: Decision, variants: Variants) -> None:
+        """What was chosen, for hysteresis; what was passed over, for probes."""
+        self._decisions += 1
         for position, play in enumerate(decision.ranked):
-            tries_left = request.max_retries - len(attempts) + 1
-            if not tries_left:
-                break
-            state, variant = self._states[play.target], variants[play]
-            now = self._clock.monotonic()
-            following = decision.ranked[position + 1 :] if tries_left > 1 else ()
-            until = self._attempt_deadline(asking, following, variants, state, variant, now)
-            if position > 0:
-                objection = self._objection(state, variant, request, until, now)
-                if objection:
-                    constraint, text = objection
-                    reasons.append(f"{play.target}: skipped: {text}")
-                    late = late or constraint is Constraint.DEADLINE
-                    continue
-                reasons.append(f"{play.target}: next in the chain")
-            answer, attempt = await asking.attempt(state, variant, until)
-            attempts.append(attempt)
-            if attempt.outcome != TargetBusy.code:
-                cost_usd += state.traits.cost_usd
-            if answer is not None:
-                return Routed(answer, state.traits, variant, tuple(attempts), tuple(reasons), cost_usd, decision)
-            reasons.append(f"{play.target}: {attempt.outcome} after {attempt.elapsed_s * 1e3:.1f} ms: {attempt.error}")
-        excluded = set(decision.excluded.values())
-        late = late or Constraint.DEADLINE in excluded or self._clock.monotonic() >= end - MARGIN_S
-        busy = bool(attempts or Constraint.BUSY in excluded) and all(
-            attempt.outcome == TargetBusy.code for attempt in attempts
-        )
-        raise NoAnswer(attempts, reasons, late=late, busy=busy, cost_usd=cost_usd, decision=decision)
-
-    def _candidate(
-        self, state: TargetState, variant: Variant | None, request: InferenceRequest, now: float
-    ) -> Candidate:
-        availability = state.target.availability()
-        if availability.available and not state.was_available:
-            state.breaker.came_back(now)
-        state.was_available = availability.available
-        traits = state.traits
-        if variant is None:
-            estimate = Estimate(traits.prior_s, traits.prior_s, measured=False, cost_usd=traits.cost_usd)
-        else:
-            estimate = state.estimate(variant, now)
-            estimate.cost_usd = traits.cost_usd
-            estimate.accuracy = self._accuracy_of(variant)
-            if request.accuracy is AccuracyMode.ADAPTIVE and request.variant is None:
-                estimate.accuracy = min(1.0, estimate.accuracy + variant.cascade_gain)
-        return Candidate(
-            target=traits.name,
-            tier=traits.tier,
-            order=traits.order,
-            variant="" if variant is None else variant.id,
-            in_flight=state.in_flight,
-            limit=state.limit.limit(now),
-            estimate=estimate,
-            model_bytes=variant.bytes if variant is not None else 0,
-            max_bytes=traits.max_bytes,
-            region=traits.region,
-            backup=traits.backup,
-            metered=traits.metered,
-            unavailable="" if availability.available else availability.reason or "unavailable",
-            breaker="" if state.breaker.allows(now) else _breaker_reason(state.breaker, now),
-            budget=self._over_budget(state, estimate, request, now),
-        )
-
-    def _over_budget(self, state: TargetState, estimate: Estimate, request: InferenceRequest, now: float) -> str:
-        if self._budgets is None or not state.traits.tier.is_cloud:
-            return ""
-        return self._budgets.objection(state.traits.name, state.traits.cost_usd, estimate.bytes, request.priority, now)
-
-    def _objection(
-        self, state: TargetState, variant: Variant, request: InferenceRequest, until: float, now: float
-    ) -> tuple[Constraint, str] | None:
-        """What has changed since the ranking: time has passed, others may have taken the place."""
-        availability = state.target.availability()
-        if not availability.available:
-            return Constraint.UNAVAILABLE, availability.reason or "unavailable"
-        if not state.breaker.allows(now):
-            return Constraint.BREAKER, _breaker_reason(state.breaker, now)
-        if state.in_flight >= state.limit.limit(now):
-            return Constraint.BUSY, "busy"
-        estimate = state.estimate(variant, now)
-        over = self._over_budget(state, estimate, request, now)
-        if over:
-            return Constraint.BUDGET, over
-        if now + estimate.p50_s > until:
-            left = max(0.0, until - now)
-            return (
-                Constraint.DEADLINE,
-                f"would take {estimate.p50_s * 1e3:.1f} ms, {left * 1e3:.1f} ms are left for it",
-            )
-        return None
-
-    def _attempt_deadline(
-        self,
-        asking: Asking,
-        following: Sequence[Play],
-        variants: Variants,
-        state: TargetState,
-        variant: Variant,
-        now: float,
-    ) -> float:
-        """When an attempt must end: early enough for the quickest of the following targets to be tried as well, unless
-        that would leave this one less than it usually takes."""
-        end = asking.deadline - MARGIN_S
-        until = end
-        others = [
-            other.estimate(variants[play], now).p95_s
-            for play in following
-            if (other := self._states[play.target]).breaker.allows(now) and other.target.availability().available
-        ]
-        if others:
-            own = state.estimate(variant, now).p95_s
-            share = RESERVE_SHARE * (end - now)
-            reserve = max(RESERVE_FACTOR * min(others), share) + min(GRACE_S, share)
-            until = min(end, max(end - reserve, now + own))
-        until = min(until, now + state.traits.timeout_s)
-        if asking.request.timeout_ms is not None:
-            until = min(until, now + asking.request.timeout_ms / 1e3)
-        return until
+            record = self._states[play.target].record(variants[play])
+            if position == 0:
+                record.passed_over = 0
+                record.chosen[latency_class] = self._decisions
+            elif latency_class is not LatencyClass.REALTIME:
+                record.passed_over += 1
 
     def status(self) -> list[dict[str, Any]]:
         """Every target for `/status`, in the order of the chain."""
@@ -330,8 +177,8 @@ def target_status(state: TargetState, now: float) -> dict[str, Any]:
     """One target for `/status`."""
     availability, traits, breaker = state.target.availability(), state.traits, state.breaker
     service = {}
-    for name, times in state.times.items():
-        estimate = times.estimate(now, 0, traits.parallel)
+    for name, record in state.records.items():
+        estimate = record.estimate(now, 0, traits.parallel)
         if estimate.measured:
             service[name] = {"p50": round(estimate.p50_s * 1e3, 3), "p95": round(estimate.p95_s * 1e3, 3)}
     return {
@@ -339,7 +186,7 @@ def target_status(state: TargetState, now: float) -> dict[str, Any]:
         "tier": traits.tier.value,
         "order": traits.order,
         "available": availability.available and breaker.allows(now),
-        "reason": availability.reason or ("" if breaker.allows(now) else _breaker_reason(breaker, now)),
+        "reason": availability.reason or ("" if breaker.allows(now) else breaker_reason(breaker, now)),
         "in_flight": state.in_flight,
         "max_concurrent": traits.max_concurrent,
         "breaker": {
@@ -357,9 +204,43 @@ def target_status(state: TargetState, now: float) -> dict[str, Any]:
     }
 
 
-def _breaker_reason(breaker: Breaker, now: float) -> str:
-    if now >= breaker.retry_at:
-        return "breaker is half open: a probe is under way"
-    return (
-        f"breaker is open after {breaker.consecutive_failures} failures, next probe in {breaker.retry_at - now:.1f} s"
-    )
+def _candidates(state: TargetState, variants: Sequence[Variant], asking: Asking, now: float) -> list[Candidate]:
+    """A candidate for each variant; one without any, if the target has none."""
+    traits, breaker = state.traits, state.breaker
+    availability = state.target.availability()
+    if availability.available and not state.was_available:
+        breaker.came_back(now)
+    state.was_available = availability.available
+    unavailable = "" if availability.available else availability.reason or "unavailable"
+    broken = "" if breaker.allows(now) else breaker_reason(breaker, now)
+    limit = state.limit.limit(now)
+
+    def candidate(id_: str, size: int, estimate: Estimate, passed_over: int, over: str) -> Candidate:
+        return Candidate(
+            traits.name,
+            traits.tier,
+            traits.order,
+            id_,
+            state.in_flight,
+            limit,
+            estimate,
+            size,
+            traits.max_bytes,
+            traits.region,
+            traits.backup,
+            traits.metered,
+            unavailable,
+            broken,
+            over,
+            passed_over,
+        )
+
+    if not variants:
+        return [candidate("", 0, Estimate(traits.prior_s, traits.prior_s, False), 0, "")]
+    found = []
+    cascade = asking.request.accuracy is AccuracyMode.ADAPTIVE and asking.request.variant is None
+    for variant in variants:
+        estimate = state.estimate(variant, now, cascade=cascade)
+        over = asking.over_budget(state, estimate, now)
+        found.append(candidate(variant.id, variant.bytes, estimate, state.record(variant).passed_over, over))
+    return found

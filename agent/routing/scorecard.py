@@ -23,6 +23,7 @@ from agent.routing.decision import (
     at_risk,
     in_order,
     judged_of,
+    not_asked,
     objection,
     place,
 )
@@ -54,34 +55,28 @@ _COLUMN = {Tier.EDGE_MCU: 0, Tier.EDGE_GPU: 1, Tier.CLOUD_GPU: 2, Tier.CLOUD_SER
 
 def decide(question: Question, candidates: Sequence[Candidate], settings: RoutingSection) -> Decision:
     """Rank the candidates."""
-    reasons: list[str] = []
-    judged: list[Judged] = []
-    possible: list[Candidate] = []
-    for candidate in _one_for_each_target(candidates):
-        found = objection(question, candidate)
-        if found is None:
-            possible.append(candidate)
-        else:
-            judged.append(judged_of(candidate, found))
-            reasons.append(f"{candidate.target}: not asked: {found[1]}")
-    if not possible:
-        return Decision("scorecard", (), (*reasons, "no target can be asked"), tuple(judged))
+    chosen = _one_for_each_target(candidates)
+    found = [(candidate, objection(question, candidate)) for candidate in chosen]
+    refused = [(candidate, why) for candidate, why in found if why is not None]
+    possible = [candidate for candidate, why in found if why is None]
 
+    def judge() -> tuple[Judged, ...]:
+        out = [judged_of(candidate, why) for candidate, why in refused]
+        return (*out, *(_judged(question, candidate, points[candidate.target]) for candidate in possible))
+
+    points: dict[str, dict[str, float]] = {}
+    if not possible:
+        return Decision("scorecard", (), lambda: (*not_asked(refused), "no target can be asked"), judge, WEIGHTS)
     best_accuracy = max(candidate.estimate.accuracy for candidate in possible)
-    points = {c.target: points_of(question, c, best_accuracy, settings) for c in possible}
+    points |= {c.target: points_of(question, c, best_accuracy, settings) for c in possible}
     scores = {target: sum(each.values()) for target, each in points.items()}
     first, why = _first(question, possible, scores, settings)
     rest = sorted(
         (candidate for candidate in possible if candidate is not first),
         key=lambda other: (at_risk(question, other), _too_dear(question, other, settings), *place(other)),
     )
-    reasons.append(f"{first.target}: {why}")
-    judged += (
-        judged_of(c, None, risky=at_risk(question, c), utility=scores[c.target], terms=points[c.target])
-        for c in possible
-    )
     ranked = (first.play, *(candidate.play for candidate in rest))
-    return Decision("scorecard", ranked, tuple(reasons), tuple(judged), WEIGHTS)
+    return Decision("scorecard", ranked, lambda: (*not_asked(refused), f"{first.target}: {why}"), judge, WEIGHTS)
 
 
 WEIGHTS = {"headroom": HEADROOM_POINTS, "accuracy": ACCURACY_POINTS, "cost": COST_POINTS}
@@ -105,6 +100,11 @@ def points_of(
         "accuracy": ACCURACY_POINTS * max(0.0, 1.0 - behind),
         "cost": cost,
     }
+
+
+def _judged(question: Question, candidate: Candidate, points: Mapping[str, float]) -> Judged:
+    risky = at_risk(question, candidate)
+    return judged_of(candidate, None, risky=risky, utility=sum(points.values()), terms=points)
 
 
 def _one_for_each_target(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Protocol
 
 from agent.core.types import InferenceRequest, TargetAnswer, Tier
@@ -27,8 +28,9 @@ class TargetTraits:
 
     `max_bytes` is the largest model file the target takes; `timeout_s` bounds any single attempt; `cost_usd` is the
     price of one request; `order` is its place in the fallback chain (lower is asked earlier); `parallel` is how many
-    requests it computes at once, `prior_s` what an attempt is taken to cost until one was measured; `metered` says that
-    whoever owns the gateway pays by what is sent.
+    requests it computes at once, `prior_s` what an attempt is taken to cost until one was measured, of which
+    `prior_link_s` for the way there and back; `bytes_per_s` is what the way carries (infinite: nothing is sent), and
+    `overhead_bytes` what is sent besides tensors; `metered` says that the gateway's owner pays by what is sent.
     """
 
     name: str
@@ -42,6 +44,9 @@ class TargetTraits:
     backup: bool = False
     parallel: int = 1
     prior_s: float = 0.005
+    prior_link_s: float = 0.0
+    bytes_per_s: float = inf
+    overhead_bytes: int = 0
     metered: bool = False
 
 

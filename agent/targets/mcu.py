@@ -27,6 +27,13 @@ from agent.targets.mcu_board import Board, Connect
 from agent.wire.codes import ErrorCode
 from agent.wire.messages import MODEL_ID_BYTES
 
+BITS_PER_BYTE = 10
+"""On the line: eight, a start bit and a stop bit."""
+OVERHEAD_BYTES = 66
+"""Of frames and messages of one INFER and its RESULT, besides the tensors."""
+PRIOR_LINK_S = 0.001
+"""Taken for the way there and back until it was measured: a USB bridge's latency."""
+
 _NOT_THERE: Final = (ErrorCode.MODEL_MISMATCH, ErrorCode.NO_MODEL, ErrorCode.NO_ENGINE, ErrorCode.VERSION)
 """Refusals that mean the board is not what we thought."""
 _TOO_LATE: Final = (ErrorCode.DEADLINE, ErrorCode.CANCELLED)
@@ -56,6 +63,9 @@ class McuTarget:
             timeout_s=section.timeout_ms / 1e3,
             parallel=max(1, len(section.ports)),
             max_bytes=max_bytes,
+            prior_link_s=PRIOR_LINK_S,
+            bytes_per_s=section.baud / BITS_PER_BYTE,
+            overhead_bytes=OVERHEAD_BYTES,
         )
         self._clock = clock
         self._max_concurrent = section.max_concurrent

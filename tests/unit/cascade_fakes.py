@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from fakes import Behaviour, FakeTarget, family_document, make_catalog, variant_document
+from fakes import UNPLUGGED, Behaviour, FakeTarget, family_document, make_catalog, variant_document
 
 from agent.config import RoutingSection
 from agent.core.clock import Clock
@@ -76,14 +76,16 @@ def sure(confidence: float, label: int = 1) -> Behaviour:
 
 
 class Tiers:
-    """A microcontroller, a gateway and a lane of 0.001 USD in region `eu`; the last is always sure, and right."""
+    """A gateway and a lane of 0.001 USD in region `eu`, which says something else and is sure; and a microcontroller,
+    which is unplugged at first and, where it is not, is asked before the gateway."""
 
     def __init__(self, clock: Clock, **routing: Any) -> None:
         self.catalog = calibrated_catalog()
         self.family = self.catalog.family("toy")
         self.mcu = FakeTarget(Tier.EDGE_MCU, sure(0.9))
+        self.mcu.state = UNPLUGGED
         self.gpu = FakeTarget(Tier.EDGE_GPU, sure(0.9))
         self.cloud = FakeTarget(Tier.CLOUD_GPU, sure(0.99, label=2), cost_usd=0.001, region="eu")
-        self.settings = RoutingSection.model_validate({"policy": "scorecard"} | routing)
+        self.settings = RoutingSection.model_validate({"policy": "utility"} | routing)
         self.targets = (self.mcu, self.gpu, self.cloud)
         self.router = Router(self.targets, self.settings, clock)

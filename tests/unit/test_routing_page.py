@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fakes import FakeTarget, after, make_request, outcomes, raises
 from hypothesis import given
-from test_policy import QUESTIONS, candidates, scores
+from test_scorecard import QUESTIONS, candidates, scores
 
 from agent.config import FallbackSection, LatencyThresholds, RoutingSection
 from agent.core.clock import ManualClock
@@ -18,8 +18,9 @@ from agent.registry.catalog import Catalog
 from agent.routing.admission import class_of
 from agent.routing.decision import Candidate, Constraint, Question
 from agent.routing.estimate import Estimate
-from agent.routing.router import MARGIN_S, Router
+from agent.routing.router import Router
 from agent.routing.scorecard import CLASS_POINTS, COMPLEXITY_POINTS, decide
+from agent.routing.walk import MARGIN_S
 from agent.store.cache import ResultCache
 from agent.targets.base import Availability
 from agent.telemetry.metrics import Metrics

@@ -52,16 +52,14 @@ def rig(clock: ManualClock) -> Rig:
 
 
 async def test_an_edge_answer_is_asked_again_of_the_cloud(rig: Rig) -> None:
-    await rig.answer(latency_class=LatencyClass.REALTIME, priority=9, timeout_ms=3.0, idempotency_key="k")
-    await rig.answer()
+    await rig.answer(priority=7, timeout_ms=30.0, idempotency_key="k")
     await rig.next()
-    assert rig.count == {"drawn": 2, "asked": 1, "answered": 1}
+    assert rig.count == {"drawn": 1, "asked": 1, "answered": 1}
     (request, variant, _) = rig.tiers.cloud.asked[0]
     assert (request.priority, request.latency_class, variant.id) == (1, LatencyClass.BATCH, "large")
     assert (request.timeout_ms, request.idempotency_key) == (None, None)
-    await rig.next()
     assert (rig.drift["samples"], rig.drift["agreement"]) == (1, 0.0)  # the gateway says 1, the cloud 2
-    assert rig.shadow.cost_usd == pytest.approx(0.002)
+    assert rig.shadow.cost_usd == pytest.approx(0.001)
 
 
 async def test_what_was_escalated_is_answered_already(rig: Rig) -> None:
@@ -127,7 +125,8 @@ async def test_a_lane_that_is_half_taken_is_left_alone(rig: Rig) -> None:
     rig.tiers.cloud.behaviour = hangs
     request = make_request(rig.clock, 100_000, variant="large")
     real = [asyncio.create_task(rig.tiers.router.run(request, rig.tiers.family)) for _ in range(2)]
-    await rig.tiers.cloud.begun.wait()
+    async with asyncio.timeout(PATIENCE_S):
+        await rig.tiers.cloud.begun.wait()
     await rig.answer()
     waiting = asyncio.create_task(rig.shadow.next())
     done, _ = await asyncio.wait([waiting], timeout=0.05)
@@ -142,7 +141,8 @@ async def test_a_sample_makes_way_for_a_request(rig: Rig) -> None:
     rig.tiers.cloud.behaviour = hangs
     await rig.answer()
     working = asyncio.create_task(rig.shadow.next())
-    await rig.tiers.cloud.begun.wait()
+    async with asyncio.timeout(PATIENCE_S):
+        await rig.tiers.cloud.begun.wait()
     await rig.shadow.make_way()
     assert rig.tiers.cloud.running == 1  # there is room: nobody has to give way
     request = make_request(rig.clock, 100_000, variant="large")
@@ -153,7 +153,8 @@ async def test_a_sample_makes_way_for_a_request(rig: Rig) -> None:
     await rig.shadow.make_way()
     assert rig.tiers.cloud.running == 3
     assert rig.count["gave_way"] == 1
-    await working
+    async with asyncio.timeout(PATIENCE_S):
+        await working
     for task in real:
         task.cancel()
     await asyncio.gather(*real, return_exceptions=True)
@@ -170,7 +171,8 @@ async def test_ending_the_work_ends_what_is_asked(rig: Rig) -> None:
     rig.tiers.cloud.behaviour = hangs
     await rig.answer()
     working = asyncio.create_task(rig.shadow.work())
-    await rig.tiers.cloud.begun.wait()
+    async with asyncio.timeout(PATIENCE_S):
+        await rig.tiers.cloud.begun.wait()
     working.cancel()
     with pytest.raises(asyncio.CancelledError):
         await working
