@@ -63,12 +63,13 @@ class TargetState:
         size = self.bytes_of(variant)
         return TrackRecord(partial(self.cold, variant.name, size), size)
 
-    def estimate(self, variant: Variant, now: float) -> Estimate:
-        """Of an attempt that starts now, behind what is in flight."""
-        traits = self.traits
-        return self.record(variant).estimate(
-            now, self.in_flight, traits.parallel, traits.cost_usd, self.accuracy_of(variant)
-        )
+    def estimate(self, variant: Variant, now: float, *, cascade: bool = False) -> Estimate:
+        """Of an attempt that starts now, behind what is in flight. `cascade`: the accuracy is that of a cascade which
+        begins with it."""
+        traits, accuracy = self.traits, self.accuracy_of(variant)
+        if cascade:
+            accuracy = min(1.0, accuracy + variant.cascade_gain)
+        return self.record(variant).estimate(now, self.in_flight, traits.parallel, traits.cost_usd, accuracy)
 
     def cold(self, name: str, size: int, now: float) -> Cold:
         """What to assume of a variant of which nothing is known lately: the target's first guess, and a link as the

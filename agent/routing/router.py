@@ -82,6 +82,16 @@ class Router:
             self._complexities[family.name] = grade
         return grade
 
+    def lanes(self) -> list[tuple[TargetTraits, int, int]]:
+        """Cloud targets that can be asked now: what they are, attempts in flight, and how many may be where nobody waits
+        for the answer."""
+        now = self._clock.monotonic()
+        return [
+            (state.traits, state.in_flight, state.limit.limit(now, LatencyClass.BATCH))
+            for state in self._states.values()
+            if state.traits.tier.is_cloud and state.target.availability().available
+        ]
+
     def available(self) -> bool:
         """Whether any target can be asked now."""
         return any(state.target.availability().available for state in self._states.values())
@@ -260,8 +270,9 @@ def _candidates(state: TargetState, variants: Sequence[Variant], asking: Asking,
     if not variants:
         return [candidate("", 0, Estimate(traits.prior_s, traits.prior_s, False), 0, "")]
     found = []
+    cascade = asking.request.accuracy is AccuracyMode.ADAPTIVE and asking.request.variant is None
     for variant in variants:
-        estimate = state.estimate(variant, now)
+        estimate = state.estimate(variant, now, cascade=cascade)
         over = asking.over_budget(state, estimate, now)
         found.append(candidate(variant.id, variant.bytes, estimate, state.record(variant).passed_over, over))
     return found
