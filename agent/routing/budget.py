@@ -50,6 +50,8 @@ class Terms:
     burst: float = 0.25
     borrow: float = 0.25
     priority: int = 8
+    overhead_bytes: int = 0
+    """Of each request, beside the payloads that a lane counts."""
     count_time_off: bool = False
     """Whether time counts during which the machine was off. It is told by the wall clock, which may be wrong."""
 
@@ -103,7 +105,7 @@ class Budget:
         if nano is None:
             nano = self._price(cost_usd)
         # An attempt takes some bytes, whatever is estimated: none go when none are left.
-        amounts = (nano, bytes or 1, 1)
+        amounts = (nano, bytes + self._terms.overhead_bytes or 1, 1)
         granted, leased = True, self._ledger is not None
         for meter in meters:
             amount = amounts[meter.kind]
@@ -130,7 +132,7 @@ class Budget:
     def spend(self, lane: str, cost_usd: float, bytes: int, now: float) -> Receipt:
         """Count an attempt that begins now, whatever `objection` says; `bytes` is the most it is expected to take."""
         meters, t_ms = self._of.get(lane, ()), self._time(now)
-        amounts = (self._price(cost_usd), bytes, 1)
+        amounts = (self._price(cost_usd), bytes + self._terms.overhead_bytes, 1)
         parts = tuple([meter.charge(amounts[meter.kind], t_ms) for meter in meters])
         self._used(now, meters)
         return Receipt(meters, parts, amounts[0], bytes)
@@ -268,7 +270,13 @@ def budget_of(section: BudgetsSection, lanes: Sequence[LaneSection], ledger: Led
     found = allowances(section)
     for lane in lanes:
         found += allowances(lane.budget, lane.target)
-    terms = Terms(section.burst, section.borrow, section.borrow_priority, section.count_time_off)
+    terms = Terms(
+        section.burst,
+        section.borrow,
+        section.borrow_priority,
+        section.overhead_bytes,
+        section.count_time_off,
+    )
     return Budget(found, {lane.target: lane.cost_per_request for lane in lanes}, terms, ledger) if found else None
 
 
