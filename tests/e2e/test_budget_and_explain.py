@@ -82,8 +82,8 @@ def answered(outcomes: list[tuple[int, dict[str, Any]]]) -> int:
 
 
 def test_the_bytes_that_are_counted_are_those_that_pass_the_line(metered: Metered) -> None:
-    """TCP and IP add 40 to 52 bytes to each of about five packets; their headers do not pass the relay. Presence does, now
-    and then: the quieter of two rounds counts."""
+    """TCP and IP add 40 to 52 bytes to each of about five packets; their headers do not pass the relay. Presence does,
+    now and then: the quieter of two rounds counts."""
     asked, rounds = 5, []
     for _ in range(2):
         before, left = metered.line.bytes, metered.left(None, "bytes")
