@@ -25,6 +25,7 @@ from agent.registry.catalog import Catalog, load_catalog
 from agent.registry.locate import catalog_path
 from agent.routing.admission import Admission
 from agent.routing.budget import budget_of
+from agent.routing.limits import limits_of
 from agent.routing.router import Router
 from agent.runtimes.base import RuntimeUnavailable
 from agent.sdnotify import Notifier
@@ -100,7 +101,14 @@ class App:
         self.budget = budget_of(config.budgets, config.cloud.lanes, self.budget_file)
         self.trace = build_trace(config, catalog, self.targets, clock)
         self.stories = Stories(config.routing.explain_last, clock, self.trace)
-        self.router = Router(self.targets, config.routing, clock, budgets=self.budget, watcher=self.stories.routed)
+        self.router = Router(
+            self.targets,
+            config.routing,
+            clock,
+            budgets=self.budget,
+            limit_for=limits_of(config.routing.overload),
+            watcher=self.stories.routed,
+        )
         self.cache = ResultCache(config.fallback, config.gateway.state_dir / "cache.sqlite", catalog, clock)
         self.pipeline = Pipeline(catalog, self.router, self.cache, self.metrics, clock, config.routing, self.stories)
         slowest_ms = max((lane.timeout_ms for lane in config.cloud.lanes), default=config.edge_gpu.timeout_ms)
@@ -147,6 +155,7 @@ class App:
             "reason": reason,
             "targets": targets,
             "budgets": [] if self.budget is None else self.budget.left(self._clock.monotonic()),
+            "overload": self.pipeline.queue.status(),
             "cache": self.cache.stats(),
             "counters": self.metrics.counters(),
             "recorder": None if self.trace is None else self.trace.status(),

@@ -211,6 +211,7 @@ def target_status(state: TargetState, now: float) -> dict[str, Any]:
         "reason": availability.reason or ("" if breaker.allows(now) else breaker_reason(breaker, now)),
         "in_flight": state.in_flight,
         "max_concurrent": traits.max_concurrent,
+        "limit": state.limit.limit(now, LatencyClass.REALTIME),
         "breaker": {
             "state": breaker.state.value,
             "failures": breaker.consecutive_failures,

@@ -282,6 +282,7 @@ def _state_families(status: Mapping[str, Any]) -> Iterator[Metric]:
         ("available", "1: the target can be asked now."),
         ("in_flight", "Attempts running on the target."),
         ("max_concurrent", "Attempts the target takes at once."),
+        ("limit", "Attempts the target is given at once now."),
     ):
         yield _gauge(
             f"target_{key}", text, ("target", "tier"), [(_of(t), n) for t in targets for n in _number(t.get(key))]
@@ -319,7 +320,7 @@ def _state_families(status: Mapping[str, Any]) -> Iterator[Metric]:
                 for n in _number(entry.get(key))
             ],
         )
-    for section in ("cache", "doors", "load"):
+    for section in ("cache", "doors", "load", "overload"):
         readings = [((name,), n) for name, n in _numbers(_mapping(status, section))]
         yield _gauge(section, f"Numbers of the section `{section}` of /status.", ("reading",), readings)
     yield _gauge(
