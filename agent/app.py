@@ -24,15 +24,20 @@ from agent.pipeline import Pipeline
 from agent.registry.catalog import Catalog, load_catalog
 from agent.registry.locate import catalog_path
 from agent.routing.admission import Admission
+from agent.routing.budget import budget_of
+from agent.routing.limits import limits_of
 from agent.routing.router import Router
 from agent.runtimes.base import RuntimeUnavailable
 from agent.sdnotify import Notifier
+from agent.store.budget_file import BudgetFile
 from agent.store.cache import ResultCache
 from agent.supervisor import Component, ComponentState, Supervisor
 from agent.targets.base import Target
 from agent.telemetry import events
 from agent.telemetry.load import LoadSampler
 from agent.telemetry.metrics import Metrics
+from agent.telemetry.story import Stories
+from agent.telemetry.trace import TraceFile, trace_header
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +69,22 @@ def build_targets(config: Config, catalog: Catalog, clock: Clock) -> list[Target
     return targets
 
 
+def build_trace(config: Config, catalog: Catalog, targets: Sequence[Target], clock: Clock) -> TraceFile | None:
+    """Where requests are recorded; None: nowhere."""
+    section = config.monitoring
+    if section.record is None:
+        return None
+    header = {"gateway": config.gateway.id, "version": __version__, "started": clock.wall()}
+    return TraceFile(
+        section.record,
+        header | trace_header(catalog, (target.traits for target in targets)),
+        started=clock.monotonic(),
+        payload=section.record_payload,
+        max_bytes=section.record_max_bytes,
+        files=section.record_files,
+    )
+
+
 class App:
     """The daemon. `ingress.base.Core` for its doors."""
 
@@ -76,9 +97,20 @@ class App:
         self.supervisor = Supervisor(clock)
         self.load = LoadSampler()
         self.targets = build_targets(config, catalog, clock)
-        self.router = Router(self.targets, config.routing, clock)
+        self.budget_file = BudgetFile(config.gateway.state_dir / "budgets.json")
+        self.budget = budget_of(config.budgets, config.cloud.lanes, self.budget_file)
+        self.trace = build_trace(config, catalog, self.targets, clock)
+        self.stories = Stories(config.routing.explain_last, clock, self.trace)
+        self.router = Router(
+            self.targets,
+            config.routing,
+            clock,
+            budgets=self.budget,
+            limit_for=limits_of(config.routing.overload),
+            watcher=self.stories.routed,
+        )
         self.cache = ResultCache(config.fallback, config.gateway.state_dir / "cache.sqlite", catalog, clock)
-        self.pipeline = Pipeline(catalog, self.router, self.cache, self.metrics, clock, config.routing)
+        self.pipeline = Pipeline(catalog, self.router, self.cache, self.metrics, clock, config.routing, self.stories)
         slowest_ms = max((lane.timeout_ms for lane in config.cloud.lanes), default=config.edge_gpu.timeout_ms)
         self.admission = Admission(catalog, config.routing, clock, slowest_ms / 1e3)
         self.http = HttpServer(create_app(self, self.metrics, config.http, self.recent), config.http)
@@ -122,8 +154,11 @@ class App:
             "ready": ready,
             "reason": reason,
             "targets": targets,
+            "budgets": [] if self.budget is None else self.budget.left(self._clock.monotonic()),
+            "overload": self.pipeline.queue.status(),
             "cache": self.cache.stats(),
             "counters": self.metrics.counters(),
+            "recorder": None if self.trace is None else self.trace.status(),
             "doors": {
                 "http": self.http.status() if self._config.http.enabled else None,
                 "mqtt": self.mqtt.status() if self.mqtt else None,
@@ -131,6 +166,9 @@ class App:
             "components": [*self.supervisor.status(), *self._parts(), *_target_components(targets)],
             "load": {**self.load.latest, "loop_lag_ms": round(self._lag_s * 1e3, 3)},
         }
+
+    def explain(self, request_id: str) -> Mapping[str, Any] | None:
+        return self.stories.explain(request_id)
 
     def _parts(self) -> list[dict[str, Any]]:
         """The doors and the store as components."""
@@ -144,6 +182,9 @@ class App:
             parts.append({"name": "mqtt door", "state": state, "reason": link.reason, "since_s": since_s})
         trouble = self.cache.problem()
         parts.append({"name": "cache", "state": "degraded" if trouble else "up", "reason": trouble})
+        if self.trace:
+            why = self.trace.problem
+            parts.append({"name": "recorder", "state": "degraded" if why else "up", "reason": why})
         return parts
 
     def recent(self) -> list[dict[str, Any]]:
@@ -155,6 +196,11 @@ class App:
     async def start(self) -> None:
         """Open the store, connect the targets, then open the doors. Raises `ConfigError` if that is impossible."""
         self.cache.open()
+        if self.trace is not None:
+            self.trace.start()
+        if self.budget is not None:
+            self.budget_file.open(self.budget, self._clock.monotonic(), self._clock.wall())
+            self.supervisor.spawn("budgets", self._keep_budget, stall_s=STALL_S)
         try:
             await asyncio.gather(*(target.start() for target in self.targets))
         except RuntimeUnavailable as error:
@@ -186,6 +232,10 @@ class App:
             await self.mqtt.stop()
         await self.supervisor.stop()
         await asyncio.gather(*(target.stop() for target in self.targets))
+        if self.budget is not None:
+            await asyncio.to_thread(self.budget_file.close, self.budget.document(self._clock.monotonic()))
+        if self.trace is not None:
+            await asyncio.to_thread(self.trace.close)
         await asyncio.to_thread(self.cache.close)
 
     def _warm_up(self) -> None:
@@ -201,6 +251,15 @@ class App:
             self.load.sample()
             component.set(ComponentState.UP)
             await asyncio.sleep(self._config.monitoring.sample_interval_s)
+
+    async def _keep_budget(self, component: Component) -> None:
+        """Writes what is used now and then, and says when that does not work."""
+        assert self.budget is not None
+        while True:
+            self.budget.keep(self._clock.monotonic(), self._clock.wall())
+            trouble = "; ".join(filter(None, (self.budget.problem, self.budget_file.alarm)))
+            component.set(ComponentState.DEGRADED if trouble else ComponentState.UP, trouble)
+            await asyncio.sleep(HEARTBEAT_S)
 
     async def _heartbeat(self, component: Component) -> None:
         """Turns with the loop and measures how late it does."""

@@ -19,6 +19,7 @@ from agent.routing.queue import RequestQueue
 from agent.routing.router import NoAnswer, Routed, Router
 from agent.store.cache import CacheKey, Freshness, Hit, ResultCache, cache_key
 from agent.telemetry.metrics import Metrics
+from agent.telemetry.story import Stories
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +55,14 @@ class Pipeline:
         metrics: Metrics,
         clock: Clock,
         settings: RoutingSection,
+        stories: Stories | None = None,
     ) -> None:
         self._catalog = catalog
         self._router = router
         self._cache = cache
         self._metrics = metrics
         self._clock = clock
+        self._stories = stories or Stories(0, clock)
         self.queue = RequestQueue(settings.overload, settings.max_in_flight, clock)
         router.on_free(self.queue.room)
         self._by_key: OrderedDict[tuple[str, str, str], _Kept] = OrderedDict()
@@ -138,6 +141,7 @@ class Pipeline:
     async def _recorded(self, request: InferenceRequest) -> InferenceResult:
         """Count it, answer it, record what came of it."""
         self._metrics.started()
+        self._stories.begin(request)
         self.in_flight += 1
         self._idle.clear()
         try:
@@ -152,12 +156,16 @@ class Pipeline:
             raise internal from defect
         except BaseException:
             self._metrics.abandoned()
+            self._stories.abandoned(request)
             raise
         finally:
             self.in_flight -= 1
             if self.in_flight == 0:
                 self._idle.set()
         self._metrics.answered(result)
+        story = self._stories.ended(request, result)
+        if request.explain and story is not None:
+            result = result._replace(explanation=story.to_dict())
         self._record(request, result)
         return result
 
@@ -275,6 +283,9 @@ class Pipeline:
 
     def _refused(self, request: InferenceRequest, error: InferenceError) -> None:
         self._metrics.refused(_addressed(error, request), request.latency_class)
+        story = self._stories.ended(request, error)
+        if request.explain and story is not None:
+            error.explanation = story.to_dict()
         self._record(request, error)
 
     def _record(self, request: InferenceRequest, outcome: InferenceResult | InferenceError) -> None:
