@@ -18,7 +18,7 @@ class AmountsSection(Section):
     usd_per_hour: float | None = Field(default=None, ge=0, le=MAX_USD)
     usd_per_day: float | None = Field(default=None, ge=0, le=MAX_USD)
     bytes_per_minute: int | None = Field(default=None, ge=0, le=MAX_BYTES)
-    """Sent and received, as the lanes count them (`docs/budgets.md`)."""
+    """Sent and received, `overhead_bytes` included."""
     bytes_per_hour: int | None = Field(default=None, ge=0, le=MAX_BYTES)
     bytes_per_day: int | None = Field(default=None, ge=0, le=MAX_BYTES)
     requests_per_minute: int | None = Field(default=None, ge=0, le=MAX_REQUESTS)
@@ -35,5 +35,7 @@ class BudgetsSection(AmountsSection):
     """The share of a limit by which requests of high priority may run ahead of that pace; never beyond the limit."""
     borrow_priority: Priority = 8
     """From here on a priority is high."""
+    overhead_bytes: int = Field(default=700, ge=0, le=1_000_000)
+    """Counted for each request on top of its payloads: topics, properties, acknowledgements, headers of TCP and IP."""
     count_time_off: bool = False
     """Whether time counts during which the machine was off, as the wall clock tells it."""

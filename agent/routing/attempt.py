@@ -17,7 +17,7 @@ from agent.core.types import Attempt, InferenceRequest, TargetAnswer
 from agent.core.within import within
 from agent.registry.catalog import Family, Variant
 from agent.routing.breaker import Breaker
-from agent.routing.decision import Budgets, Fixed, Limit
+from agent.routing.decision import Budgets, Fixed, Limit, Play
 from agent.routing.estimate import Cold, Estimate, Link, TrackRecord, fit_link
 from agent.targets.base import Target, TargetTraits
 
@@ -46,6 +46,7 @@ class TargetState:
     failures: int = 0
     was_available: bool = False
     records: dict[str, TrackRecord] = field(default_factory=dict)
+    _plays: dict[str, Play] = field(default_factory=dict)
     on_free: Callable[[], None] | None = None
     """Called when an attempt has ended, whatever came of it."""
 
@@ -63,13 +64,17 @@ class TargetState:
         size = self.bytes_of(variant)
         return TrackRecord(partial(self.cold, variant.name, size), size)
 
-    def estimate(self, variant: Variant, now: float, *, cascade: bool = False) -> Estimate:
-        """Of an attempt that starts now, behind what is in flight. `cascade`: the accuracy is that of a cascade which
-        begins with it."""
+    def estimate(self, variant: Variant, now: float) -> Estimate:
+        """Of an attempt that starts now, behind what is in flight."""
         traits, accuracy = self.traits, self.accuracy_of(variant)
-        if cascade:
-            accuracy = min(1.0, accuracy + variant.cascade_gain)
         return self.record(variant).estimate(now, self.in_flight, traits.parallel, traits.cost_usd, accuracy)
+
+    def play(self, variant: Variant) -> Play:
+        """With this target."""
+        play = self._plays.get(variant.id)
+        if play is None:
+            play = self._plays[variant.id] = Play(self.traits.name, variant.id)
+        return play
 
     def cold(self, name: str, size: int, now: float) -> Cold:
         """What to assume of a variant of which nothing is known lately: the target's first guess, and a link as the

@@ -19,6 +19,7 @@ RETRY_S = 10.0
 """After the ledger could not be written."""
 CHECKPOINT_S = 900.0
 """What is in use is written at least this often, so that a power cut does not lose much of the time that passed."""
+MAX_PRICES = 64
 USUAL_BYTES = 4096
 """What a request is taken to need until a larger one comes; leases go by it."""
 SCHEMA = 1
@@ -49,6 +50,8 @@ class Terms:
     burst: float = 0.25
     borrow: float = 0.25
     priority: int = 8
+    overhead_bytes: int = 0
+    """Of each request, beside the payloads that a lane counts."""
     count_time_off: bool = False
     """Whether time counts during which the machine was off. It is told by the wall clock, which may be wrong."""
 
@@ -82,11 +85,8 @@ class Budget:
         self._latest_wall_ms = 0
         """The latest wall time ever seen: a clock that is set back and forth is not paid twice."""
         self._boot = ""
-        self._largest = {
-            "usd": nano_usd(max(lanes.values(), default=0.0)),
-            "bytes": USUAL_BYTES,
-            "requests": 1,
-        }
+        self._nano: dict[float, int] = {}
+        self._largest = [nano_usd(max(lanes.values(), default=0.0)), USUAL_BYTES, 1]
         """Of one request, so far. It never shrinks, and so no lease does."""
         self._writing = False
         self._written = float("-inf")
@@ -101,34 +101,48 @@ class Budget:
         if not meters:
             return ""
         t_ms, high = self._time(now), priority >= self._terms.priority
-        # Whatever is estimated, an attempt takes some bytes: none go when none are left.
-        amounts = {"usd": nano_usd(cost_usd), "bytes": max(1, bytes), "requests": 1}
+        nano = self._nano.get(cost_usd)
+        if nano is None:
+            nano = self._price(cost_usd)
+        # An attempt takes some bytes, whatever is estimated: none go when none are left.
+        amounts = (nano, bytes + self._terms.overhead_bytes or 1, 1)
+        granted, leased = True, self._ledger is not None
         for meter in meters:
-            text = meter.objection(amounts[meter.allowance.unit], t_ms, high=high)
-            if text:
-                return text
-        if self._ledger is not None and any(meter.lease < amounts[meter.allowance.unit] for meter in meters):
-            for unit, amount in amounts.items():
-                self._largest[unit] = max(self._largest[unit], amount)
-            self._write(now)
-            if any(meter.lease < amounts[meter.allowance.unit] for meter in meters):
-                return f"budget: what is used cannot be recorded: {self.problem or 'the file is being written'}"
-        return ""
+            amount = amounts[meter.kind]
+            if not meter.allows(amount, t_ms, high=high):
+                return meter.objection(amount, t_ms, high=high)
+            if leased and meter.lease < amount:
+                granted = False
+        return "" if granted else self._not_granted(meters, amounts, now)
+
+    def _not_granted(self, meters: Sequence[Meter], amounts: Sequence[int], now: float) -> str:
+        """A lease is used up: have the ledger written. Empty if that was done at once."""
+        self._largest = [max(pair) for pair in zip(self._largest, amounts, strict=True)]
+        self._write(now)
+        if all(meter.lease >= amounts[meter.kind] for meter in meters):
+            return ""
+        return f"budget: what is used cannot be recorded: {self.problem or 'the file is being written'}"
+
+    def _price(self, cost_usd: float) -> int:
+        """In nano-USD, remembered: there are as many prices as lanes."""
+        if len(self._nano) >= MAX_PRICES:
+            self._nano.clear()
+        return self._nano.setdefault(cost_usd, nano_usd(cost_usd))
 
     def spend(self, lane: str, cost_usd: float, bytes: int, now: float) -> Receipt:
         """Count an attempt that begins now, whatever `objection` says; `bytes` is the most it is expected to take."""
         meters, t_ms = self._of.get(lane, ()), self._time(now)
-        amounts = {"usd": nano_usd(cost_usd), "bytes": bytes, "requests": 1}
-        parts = tuple([meter.charge(amounts[meter.allowance.unit], t_ms) for meter in meters])
+        amounts = (self._price(cost_usd), bytes + self._terms.overhead_bytes, 1)
+        parts = tuple([meter.charge(amounts[meter.kind], t_ms) for meter in meters])
         self._used(now, meters)
-        return Receipt(meters, parts, amounts["usd"], bytes)
+        return Receipt(meters, parts, amounts[0], bytes)
 
     def settle(self, receipt: Receipt, cost_usd: float, bytes: int, now: float) -> None:
         """Correct what an attempt was charged to what it took."""
         t_ms = self._time(now)
-        excess = {"usd": nano_usd(cost_usd) - receipt.nano_usd, "bytes": bytes - receipt.bytes, "requests": 0}
+        excess = (self._price(cost_usd) - receipt.nano_usd, bytes - receipt.bytes, 0)
         for meter, part in zip(receipt.meters, receipt.parts, strict=True):
-            more = excess[meter.allowance.unit]
+            more = excess[meter.kind]
             if more > 0:
                 meter.charge(more, t_ms)
             elif more < 0:
@@ -225,13 +239,13 @@ class Budget:
         if self._ledger is None or not meters:
             return
         self._changed = True
-        if any(2 * meter.lease < meter.lease_wanted(self._largest[meter.allowance.unit]) for meter in meters):
+        if any(2 * meter.lease < meter.lease_wanted(self._largest[meter.kind]) for meter in meters):
             self._write(now)
 
     def _write(self, now: float) -> None:
         if self._ledger is None or self._writing or now < self._retry:
             return
-        leases = [meter.lease_wanted(self._largest[meter.allowance.unit]) for meter in self._meters]
+        leases = [meter.lease_wanted(self._largest[meter.kind]) for meter in self._meters]
         document = self.document(now, leases)
         for meter, lease in zip(self._meters, leases, strict=True):
             meter.next_lease = lease
@@ -256,7 +270,13 @@ def budget_of(section: BudgetsSection, lanes: Sequence[LaneSection], ledger: Led
     found = allowances(section)
     for lane in lanes:
         found += allowances(lane.budget, lane.target)
-    terms = Terms(section.burst, section.borrow, section.borrow_priority, section.count_time_off)
+    terms = Terms(
+        section.burst,
+        section.borrow,
+        section.borrow_priority,
+        section.overhead_bytes,
+        section.count_time_off,
+    )
     return Budget(found, {lane.target: lane.cost_per_request for lane in lanes}, terms, ledger) if found else None
 
 

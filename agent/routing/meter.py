@@ -47,6 +47,7 @@ class Meter:
         "_spare",
         "_window_ms",
         "allowance",
+        "kind",
         "lease",
         "next_lease",
         "used",
@@ -54,6 +55,7 @@ class Meter:
 
     def __init__(self, allowance: Allowance, burst: float, borrow: float) -> None:
         self.allowance = allowance
+        self.kind = UNITS.index(allowance.unit)
         self._window_ms = WINDOWS_MS[allowance.window]
         self._burst = round(allowance.amount * burst) * self._window_ms
         self._spare = round(allowance.amount * borrow) * self._window_ms
@@ -68,20 +70,29 @@ class Meter:
         self.next_lease: int | None = None
         """The lease that is being written, less what was used meanwhile."""
 
+    def allows(self, amount: int, t_ms: int, *, high: bool) -> bool:
+        """Whether `amount` may be used now."""
+        if t_ms > self._at:
+            self._advance(t_ms)
+        if self.used + amount > self.allowance.amount:
+            return not amount
+        return self._excess(amount, high=high) <= 0
+
     def objection(self, amount: int, t_ms: int, *, high: bool) -> str:
         """Why not to use `amount` now, for people; empty: nothing speaks against it."""
-        if not amount:
+        if self.allows(amount, t_ms, high=high):
             return ""
-        self._advance(t_ms)
         limit, unit = self.allowance.amount, self.allowance.unit
         if self.used + amount > limit:
             return f"{self._name()}: {_words(unit, max(0, limit - self.used))} left, needs {_words(unit, amount)}"
-        allowed = self._burst + (self._spare if high else 0)
-        # A single request larger than the burst goes when nothing is ahead of the pace: it would never go otherwise.
-        excess = self._ahead + min(amount * self._window_ms, allowed) - allowed
-        if excess > 0:
-            return f"{self._name()}: ahead of its pace, again in {-(-excess // limit) / 1e3:.1f} s"
-        return ""
+        wait_ms = -(-self._excess(amount, high=high) // limit)
+        return f"{self._name()}: ahead of its pace, again in {wait_ms / 1e3:.1f} s"
+
+    def _excess(self, amount: int, *, high: bool) -> int:
+        """What has to come back before `amount` may be used. A single request larger than the burst goes when nothing
+        is ahead of the pace: it would never go otherwise."""
+        allowed = self._burst + self._spare if high else self._burst
+        return self._ahead + min(amount * self._window_ms, allowed) - allowed if amount else 0
 
     def charge(self, amount: int, t_ms: int) -> int:
         """Count `amount` as used now. Returns the part of the window it is counted in."""

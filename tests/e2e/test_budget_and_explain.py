@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from gateway import GATEWAY, LIMIT_S, Client, Gateway, wait_until
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from hil.processes import Stage
+from hil.linkcut import LinkCut
+from hil.processes import Stage, free_port
 
 REQUESTS_PER_DAY = 60
 LEASE_REQUESTS = 16
@@ -26,10 +29,18 @@ class Metered(Gateway):
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
         self.trace = stage.folder / "traces" / "requests.jsonl"
+        self.line = LinkCut(free_port(), self.cloud_port)
+        threading.Thread(target=lambda: asyncio.run(self._relay()), daemon=True).start()
+
+    async def _relay(self) -> None:
+        await self.line.start()
+        await asyncio.Event().wait()
 
     def config(self) -> dict[str, Any]:
         config = super().config()
-        config["cloud"]["lanes"][0]["budget"] = {"requests_per_day": REQUESTS_PER_DAY}
+        lane = config["cloud"]["lanes"][0]
+        lane["broker"] = f"mqtt://127.0.0.1:{self.line.port}"
+        lane["budget"] = {"requests_per_day": REQUESTS_PER_DAY}
         config["budgets"] = {"burst": 1.0, "usd_per_day": 5, "bytes_per_day": 10_000_000}
         config["monitoring"] = {"record": str(self.trace)}
         return config
@@ -70,12 +81,24 @@ def answered(outcomes: list[tuple[int, dict[str, Any]]]) -> int:
     return sum(code == 200 and answer["tier"] == "cloud_gpu" for code, answer in outcomes)
 
 
+def test_the_bytes_that_are_counted_are_those_that_pass_the_line(metered: Metered) -> None:
+    """TCP and IP add 40 to 52 bytes to each of about five packets; their headers do not pass the relay. Presence does,
+    now and then: the quieter of two rounds counts."""
+    asked, rounds = 5, []
+    for _ in range(2):
+        before, left = metered.line.bytes, metered.left(None, "bytes")
+        assert answered(metered.cloud(asked)) == asked
+        rounds.append((metered.line.bytes - before + asked * 5 * 46, left - metered.left(None, "bytes")))
+    passed, counted = min(rounds)
+    assert 0.85 * passed <= counted <= 1.15 * passed
+
+
 def test_a_budget_is_kept_over_a_kill_and_restarts(metered: Metered) -> None:
-    spent = answered(metered.cloud(10))
-    assert spent == 10
+    before = REQUESTS_PER_DAY - metered.left("cloud:gpu", "requests")
+    spent = before + answered(metered.cloud(10))
+    assert spent == before + 10
     assert metered.left("cloud:gpu", "requests") == REQUESTS_PER_DAY - spent
     assert metered.left(None, "usd") == pytest.approx(5 - 0.001 * spent)
-    assert 5_000 < 10_000_000 - metered.left(None, "bytes") < 50_000
     metered.daemon.kill()
     metered.again()
     lost = REQUESTS_PER_DAY - spent - metered.left("cloud:gpu", "requests")

@@ -161,6 +161,15 @@ def test_what_was_reserved_and_not_used_comes_back() -> None:
     assert made.objection(LANE, 0, 901, 5, 5)
 
 
+def test_what_the_line_adds_to_a_payload_is_counted_too() -> None:
+    made = budget(byte_limit(1000), burst=1, overhead_bytes=300)
+    assert made.objection(LANE, 0, 701, 5, 0)
+    receipt = made.spend(LANE, 0, 700, 0)
+    assert made.left(0)[0]["left"] == 0
+    made.settle(receipt, 0, 200, 1)
+    assert made.left(1)[0]["left"] == 500
+
+
 def test_attempts_at_the_same_time_do_not_overshoot_together() -> None:
     made = budget(byte_limit(1000), burst=1)
     running: list[Receipt] = []

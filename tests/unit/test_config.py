@@ -90,6 +90,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "burst": 0.25,
         "borrow": 0.25,
         "borrow_priority": 8,
+        "overhead_bytes": 700,
         "count_time_off": False,
     },
     "fallback": {"cache_ttl": 3600, "max_cache_size": 10_000, "enable_stale_results": True, "stale_ttl": 86_400},
