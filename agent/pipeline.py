@@ -17,6 +17,7 @@ from agent.registry.catalog import Catalog, Family
 from agent.registry.confidence import Classified, classified
 from agent.routing.attempt import AccuracyOf
 from agent.routing.cascade import Answered, Cascade
+from agent.routing.queue import RequestQueue
 from agent.routing.router import NoAnswer, Router, of_the_catalogue
 from agent.routing.shadow import Shadow
 from agent.store.cache import CacheKey, Freshness, Hit, ResultCache, cache_key
@@ -62,12 +63,14 @@ class Pipeline:
         shadow: Shadow | None = None,
     ) -> None:
         self._catalog = catalog
+        self._router = router
         self._cascade = Cascade(router, accuracy or AccuracySection(), accuracy_of)
         self._shadow = shadow
         self._cache = cache
         self._metrics = metrics
         self._clock = clock
-        self._max_in_flight = settings.max_in_flight
+        self.queue = RequestQueue(settings.overload, settings.max_in_flight, clock)
+        router.on_free(self.queue.room)
         self._by_key: OrderedDict[tuple[str, str, str], _Kept] = OrderedDict()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -181,18 +184,20 @@ class Pipeline:
             if known is not None and self._cascade.enough(request, family, family.variants[hit.entry.variant], known):
                 why = "cache: the same input was answered before"
                 return self._remembered(request, hit, known, (*request.notes, why))
-        if self.in_flight > self._max_in_flight:
-            refusal = Overloaded(
-                f"{self._max_in_flight} requests are in flight (routing.max_in_flight)", retry_after_s=RETRY_AFTER_S
-            )
-            return self._fallback(request, hit, refusal, (), ("daemon: every place is taken",))
         try:
             if self._shadow is not None:
-                await self._shadow.make_way()
-            answered = await self._cascade.run(request, family)
+                await self._shadow.make_way(request.latency_class)
+            answered, waited_s = await self.queue.run(
+                request,
+                lambda: self._cascade.run(request, family),
+                full=lambda: self._router.full(request, family),
+                needed_s=lambda: self._router.quickest_s(request, family),
+            )
+        except Overloaded as refusal:
+            return self._fallback(request, hit, refusal, (), (f"daemon: {refusal.message}",))
         except NoAnswer as failure:
             return self._fallback(request, hit, _refusal(failure), failure.attempts, failure.reasons, failure.cost_usd)
-        result = self._fresh(request, answered)
+        result = self._fresh(request, answered, waited_s)
         self._cache.put(key, request.producer, result)
         self._metrics.quality.observe(answered.first_variant, answered.first, answered.escalation)
         if self._shadow is not None:
@@ -206,7 +211,7 @@ class Pipeline:
             return None
         return classified(hit.entry.outputs, family, variant)
 
-    def _fresh(self, request: InferenceRequest, answered: Answered) -> InferenceResult:
+    def _fresh(self, request: InferenceRequest, answered: Answered, waited_s: float) -> InferenceResult:
         routed = answered.routed
         answer, traits, variant = routed.answer, routed.traits, routed.variant
         now = self._clock.monotonic()
@@ -223,7 +228,7 @@ class Pipeline:
             target=traits.name,
             provider=answer.provider,
             latency_class=request.latency_class,
-            queue_s=answer.queue_s,
+            queue_s=waited_s + answer.queue_s,
             link_s=answer.link_s,
             compute_s=answer.compute_s,
             total_s=now - request.received,

@@ -18,6 +18,7 @@ from agent.config.base import NAME_PATTERN, TOPIC_PATTERN, ClassName, Name, Prio
 from agent.config.broker import BrokerSection, check_broker_url, check_topic_filter
 from agent.config.cascade import AccuracyName, AccuracySection, DriftSection, ShadowSection
 from agent.config.doors import HttpSection, MqttSection, SensorSection
+from agent.config.overload import ClassShares, LimitSection, OverloadSection, WaitingSection
 from agent.config.routing import (
     BreakerSection,
     ClassWeights,
@@ -37,6 +38,7 @@ __all__ = [
     "BreakerSection",
     "BrokerSection",
     "ClassName",
+    "ClassShares",
     "ClassWeights",
     "CloudSection",
     "Config",
@@ -47,12 +49,14 @@ __all__ = [
     "HttpSection",
     "LaneSection",
     "LatencyThresholds",
+    "LimitSection",
     "McuSection",
     "ModelSizeThresholds",
     "ModelsSection",
     "MonitoringSection",
     "MqttSection",
     "Name",
+    "OverloadSection",
     "ParameterThresholds",
     "Priority",
     "RoutingSection",
@@ -62,6 +66,7 @@ __all__ = [
     "Substituted",
     "Topic",
     "UtilityWeights",
+    "WaitingSection",
     "check_broker_url",
     "check_topic_filter",
 ]

@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from agent.config.base import ClassName, Section
+from agent.config.overload import OverloadSection
 
 
 class LatencyThresholds(Section):
@@ -134,4 +135,5 @@ class RoutingSection(Section):
     parameter_thresholds: ParameterThresholds = ParameterThresholds()
     breaker: BreakerSection = BreakerSection()
     max_in_flight: int = Field(default=256, ge=1, le=100_000)
-    """Requests in the daemon at once; one more is refused with `overloaded`."""
+    """Requests in the daemon at once; further ones wait in line, or are refused with `overloaded`."""
+    overload: OverloadSection = OverloadSection()

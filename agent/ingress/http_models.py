@@ -88,9 +88,15 @@ class AttemptDocument(_Documented):
     target: Annotated[str, Field(description="Who was asked.")]
     tier: Annotated[Tier, Field(description="Where that is.")]
     variant: Annotated[str, Field(description="The model file it was asked for.")]
-    outcome: Annotated[str, Field(description="`ok`, `unavailable`, `busy`, `timeout` or `failed`.")]
+    outcome: Annotated[
+        str,
+        Field(
+            description="`ok`, `unavailable`, `busy`, `timeout`, `failed`, or `cancelled`: another one answered first."
+        ),
+    ]
     elapsed_ms: Annotated[float, Field(description="Until it answered or was given up.")]
     error: Annotated[str | None, Field(description="What went wrong; left out after `ok`.")] = None
+    hedge: Annotated[bool, Field(description="Begun while another was late; left out where it was not.")] = False
 
 
 class TimingDocument(_Documented):

@@ -17,7 +17,7 @@ from agent.core.types import Attempt, InferenceRequest, TargetAnswer
 from agent.core.within import within
 from agent.registry.catalog import Family, Variant
 from agent.routing.breaker import Breaker
-from agent.routing.decision import Budgets, Fixed, Limit
+from agent.routing.decision import Budgets, Fixed, Limit, Play
 from agent.routing.estimate import Cold, Estimate, Link, TrackRecord, fit_link
 from agent.targets.base import Target, TargetTraits
 
@@ -46,6 +46,9 @@ class TargetState:
     failures: int = 0
     was_available: bool = False
     records: dict[str, TrackRecord] = field(default_factory=dict)
+    _plays: dict[str, Play] = field(default_factory=dict)
+    on_free: Callable[[], None] | None = None
+    """Called when an attempt has ended, whatever came of it."""
 
     @classmethod
     def of(cls, target: Target, breaker: Breaker, limit: Limit | None, accuracy_of: AccuracyOf) -> TargetState:
@@ -61,13 +64,17 @@ class TargetState:
         size = self.bytes_of(variant)
         return TrackRecord(partial(self.cold, variant.name, size), size)
 
-    def estimate(self, variant: Variant, now: float, *, cascade: bool = False) -> Estimate:
-        """Of an attempt that starts now, behind what is in flight. `cascade`: the accuracy is that of a cascade which
-        begins with it."""
+    def estimate(self, variant: Variant, now: float) -> Estimate:
+        """Of an attempt that starts now, behind what is in flight."""
         traits, accuracy = self.traits, self.accuracy_of(variant)
-        if cascade:
-            accuracy = min(1.0, accuracy + variant.cascade_gain)
         return self.record(variant).estimate(now, self.in_flight, traits.parallel, traits.cost_usd, accuracy)
+
+    def play(self, variant: Variant) -> Play:
+        """With this target."""
+        play = self._plays.get(variant.id)
+        if play is None:
+            play = self._plays[variant.id] = Play(self.traits.name, variant.id)
+        return play
 
     def cold(self, name: str, size: int, now: float) -> Cold:
         """What to assume of a variant of which nothing is known lately: the target's first guess, and a link as the
@@ -105,8 +112,10 @@ class Asking:
         """One try, to end by `until`. Raises nothing but `CancelledError` of its own task."""
         started = self.clock.monotonic()
         cut_off = max(until, min(until + GRACE_S, self.deadline))
-        self._charge(state, variant, started)
-        others = state.in_flight
+        expected, others = state.estimate(variant, started), state.in_flight
+        usual_s = expected.idle_s
+        if self.budgets is not None and state.traits.tier.is_cloud:
+            self.budgets.spend(state.traits.name, state.traits.cost_usd, expected.bytes, started)
         state.in_flight += 1
         state.requests += 1
         probe = state.breaker.began(started)
@@ -121,7 +130,9 @@ class Asking:
         except asyncio.CancelledError:
             if _cancelled_from_outside():
                 state.breaker.released(probe=probe)
-                _given_up(state, variant, self.clock.monotonic(), started)
+                now = self.clock.monotonic()
+                if now - started > expected.p95_s:  # or only quick answers would be counted
+                    state.record(variant).observe_timeout(now, now - started)
                 raise
             error = TargetFailed("the target cancelled what it was asked")
         except Exception as defect:  # a target's fault must not lose the request: it is named, and the next is asked
@@ -130,15 +141,18 @@ class Asking:
         else:
             now = self.clock.monotonic()
             state.breaker.succeeded()
-            state.limit.observe(now, latency_s=now - started, in_flight=others, ok=True)
+            state.limit.observe(now, latency_s=now - started, usual_s=usual_s, in_flight=others, ok=True)
             sent = answer.bytes_sent + answer.bytes_received
             state.record(variant).observe(now, service_s=answer.compute_s, link_s=answer.link_s, bytes=sent)
             return answer, attempted(state, variant, "ok", now - started, hedge=hedge)
         finally:
             state.in_flight -= 1
+            if state.on_free is not None:
+                state.on_free()
         now = self.clock.monotonic()
-        overloaded = isinstance(error, TargetTimeout | TargetBusy)
-        state.limit.observe(now, latency_s=now - started, in_flight=others, ok=not overloaded)
+        patient = until - started >= usual_s
+        overloaded = isinstance(error, TargetBusy) or (patient and isinstance(error, TargetTimeout))
+        state.limit.observe(now, latency_s=now - started, usual_s=usual_s, in_flight=others, ok=not overloaded)
         _count_failure(state, variant, error, probe, now, waited_s=now - started, given_s=until - started)
         return None, attempted(state, variant, error.code, now - started, str(error), hedge=hedge)
 
@@ -148,11 +162,6 @@ class Asking:
             return ""
         traits = state.traits
         return self.budgets.objection(traits.name, traits.cost_usd, estimate.bytes, self.request.priority, now)
-
-    def _charge(self, state: TargetState, variant: Variant, now: float) -> None:
-        if self.budgets is not None and state.traits.tier.is_cloud:
-            size = state.estimate(variant, now).bytes
-            self.budgets.spend(state.traits.name, state.traits.cost_usd, size, now)
 
 
 def _count_failure(
@@ -171,20 +180,13 @@ def _count_failure(
     hurried = False
     if isinstance(error, TargetTimeout):
         # A wait shorter than the target usually takes says more about the deadline than about the target.
-        hurried = given_s < record.estimate(now, 0, 1).p50_s / 2
+        hurried = given_s < state.estimate(variant, now).idle_s / 2
         record.observe_timeout(now, waited_s)
     if error.counts and not hurried:
         record.observe_failure(now)
         state.breaker.failed(now, probe=probe, permanent=error.permanent)
     else:
         state.breaker.released(probe=probe)
-
-
-def _given_up(state: TargetState, variant: Variant, now: float, started: float) -> None:
-    """An attempt was cancelled. That it had taken longer than usual by then is worth knowing: only quick answers would
-    be counted otherwise."""
-    if now - started > state.estimate(variant, now).p95_s:
-        state.record(variant).observe_timeout(now, now - started)
 
 
 def attempted(

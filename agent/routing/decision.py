@@ -192,11 +192,14 @@ class Budgets(Protocol):
 class Limit(Protocol):
     """How many attempts may run on one target at once. `routing.limits` adapts it; `Fixed` does not."""
 
-    def limit(self, now: float) -> int: ...
+    def limit(self, now: float, latency_class: LatencyClass) -> int:
+        """For requests of a class: the looser ones may be given a part only."""
+        ...
 
-    def observe(self, now: float, *, latency_s: float, in_flight: int, ok: bool) -> None:
-        """An attempt that began with `in_flight` others under way ended after `latency_s`. `ok` is False for what says
-        that the target is overloaded: a timeout, a full queue."""
+    def observe(self, now: float, *, latency_s: float, usual_s: float, in_flight: int, ok: bool) -> None:
+        """An attempt that began with `in_flight` others under way ended after `latency_s`, where such attempts on an
+        idle target usually take `usual_s`. `ok` is False for what says that the target is overloaded: a full queue, or
+        no answer within the time that is usual."""
         ...
 
 
@@ -206,10 +209,10 @@ class Fixed:
 
     most: int
 
-    def limit(self, now: float) -> int:
+    def limit(self, now: float, latency_class: LatencyClass) -> int:
         return self.most
 
-    def observe(self, now: float, *, latency_s: float, in_flight: int, ok: bool) -> None:
+    def observe(self, now: float, *, latency_s: float, usual_s: float, in_flight: int, ok: bool) -> None:
         return None
 
 

@@ -157,6 +157,11 @@ class Estimate:
     link_s: float = 0.0
     age_s: float = inf
 
+    @property
+    def idle_s(self) -> float:
+        """The median if nothing were in flight."""
+        return self.service_s + self.link_s
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, times in milliseconds; what is unknown is null."""
         return {
@@ -272,7 +277,8 @@ class TrackRecord:
             cold_s = cold.link_s + cold.service_s + cold_wait_s
             if measured:
                 spread = p95_s / p50_s if p50_s > 0 else 1.0
-                p50_s = p50_s**weight * cold_s ** (1.0 - weight)
+                moved = (cold_s / p50_s) ** (1.0 - weight) if p50_s > 0 else 1.0
+                service_s, wait_s, link_s, p50_s = service_s * moved, wait_s * moved, link_s * moved, p50_s * moved
                 p95_s = p50_s * spread * SPREAD ** (1.0 - weight)
             else:
                 service_s, wait_s, link_s = cold.service_s, cold_wait_s, cold.link_s

@@ -8,9 +8,9 @@ utility:
     backup      a lane that is asked after the others
     less right  below what the request's `accuracy` asks for
 
-Then each target's best play comes before any target's second one. What was chosen last for such a request stays first
-while it is in the best group and nothing is worth `hysteresis` more; and a play that was not asked for long may be put
-first as a probe. `docs/routing.md` works an example by hand.
+Within a group each target's best play comes before any target's second one. What was chosen last for such a request
+stays first while it is in the best group and nothing is worth `hysteresis` more; and a play that was not asked for long
+may be put first as a probe. `docs/routing.md` works an example by hand.
 """
 
 from __future__ import annotations
@@ -282,10 +282,14 @@ def _refused(question: Question, candidates: Sequence[Candidate]) -> list[tuple[
 
 
 def _chain(first: _Ranked, possible: Sequence[_Ranked]) -> tuple[Play, ...]:
-    """`first`, then the best play of each other target, then the rest."""
-    chain, second = [first[6].play], []
-    seen = {first[3]}
+    """`first`; then group by group the best play of each target that was not named yet, and what is left of them."""
+    chain = [first[6].play]
+    second: list[Play] = []
+    seen, group = {first[3]}, first[0]
     for ranked in possible:
+        if ranked[0] != group:
+            chain += second
+            second, group = [], ranked[0]
         target = ranked[3]
         if target not in seen:
             seen.add(target)

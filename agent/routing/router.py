@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from agent.config import RoutingSection
 from agent.core.clock import Clock
@@ -11,8 +11,8 @@ from agent.core.types import AccuracyMode, Complexity, InferenceRequest, Latency
 from agent.registry.catalog import Family, Variant, complexity
 from agent.routing.attempt import AccuracyOf, Asking, TargetState
 from agent.routing.breaker import Breaker, BreakerState
-from agent.routing.decision import Budgets, Candidate, Decision, Limit, Play, Question
-from agent.routing.estimate import Estimate
+from agent.routing.decision import Budgets, Candidate, Constraint, Decision, Limit, Play, Question
+from agent.routing.estimate import Estimate, TrackRecord
 from agent.routing.policy import Policy
 from agent.routing.walk import MARGIN_S, NoAnswer, Routed, Variants, Walk, breaker_reason
 from agent.targets.base import Target, TargetTraits
@@ -78,11 +78,12 @@ class Router:
             self._complexities[family.name] = grade
         return grade
 
-    def lanes(self) -> list[tuple[TargetTraits, int, int]]:
-        """Cloud targets that can be asked now: what they are, attempts in flight, and how many they may have."""
+    def lanes(self, latency_class: LatencyClass) -> list[tuple[TargetTraits, int, int]]:
+        """Cloud targets that can be asked now: what they are, attempts in flight, and how many leave room for one of
+        that class."""
         now = self._clock.monotonic()
         return [
-            (state.traits, state.in_flight, state.limit.limit(now))
+            (state.traits, state.in_flight, state.limit.limit(now, latency_class))
             for state in self._states.values()
             if state.traits.tier.is_cloud and state.target.availability().available
         ]
@@ -90,6 +91,29 @@ class Router:
     def available(self) -> bool:
         """Whether any target can be asked now."""
         return any(state.target.availability().available for state in self._states.values())
+
+    def on_free(self, told: Callable[[], None]) -> None:
+        """Be told whenever an attempt has ended, so that some target may have room."""
+        for state in self._states.values():
+            state.on_free = told
+
+    def full(self, request: InferenceRequest, family: Family) -> bool:
+        """Whether nothing but full targets stands in the way of an answer now."""
+        decision, _ = self.decide(request, family, self._clock.monotonic())
+        return not decision.ranked and Constraint.BUSY in decision.excluded.values()
+
+    def quickest_s(self, request: InferenceRequest, family: Family) -> float:
+        """The least that an answer usually takes, of whatever target can be asked at all; 0 if none can."""
+        now = self._clock.monotonic()
+        return min(
+            (
+                state.estimate(variant, now).idle_s
+                for state in self._states.values()
+                if state.target.availability().available
+                for variant in state.target.variants_for(family, request.variant)
+            ),
+            default=0.0,
+        )
 
     def decide(
         self,
@@ -107,16 +131,26 @@ class Router:
             else self.complexity_of(family)
         )
         end = request.deadline if deadline is None else min(deadline, request.deadline)
+        asking = Asking(request, family, end, self._clock, self._budgets)
         variants: dict[Play, Variant] = {}
         candidates: list[Candidate] = []
-        asking = Asking(request, family, end, self._clock, self._budgets)
-        for name, state in self._states.items():
+        latest, previous = 0, None
+        for state in self._states.values():
             able = state.target.variants_for(family, request.variant)
-            chosen = able if among is None else [variant for variant in able if among(state.traits, variant)]
-            for variant in chosen:
-                variants[Play(name, variant.id)] = variant
-            if chosen or among is None:
-                candidates += _candidates(state, chosen, asking, now)
+            if among is not None:
+                able = [variant for variant in able if among(state.traits, variant)]
+                if not able:
+                    continue
+            facts = _facts(state, request.latency_class, now)
+            for variant in able:
+                play, record = state.play(variant), state.record(variant)
+                variants[play] = variant
+                candidates.append(_candidate(state, variant, play, record, facts, asking, now))
+                chosen = record.chosen.get(request.latency_class, 0)
+                if chosen > latest:
+                    latest, previous = chosen, play
+            if not able:
+                candidates.append(_without_variant(state, facts))
         question = Question(
             request.latency_class,
             grade,
@@ -125,7 +159,7 @@ class Router:
             request.allowed_regions,
             request.accuracy,
             self._floor(request, family),
-            self._previous(request.latency_class, variants),
+            previous,
         )
         return self._policy.decide(question, candidates), variants
 
@@ -133,15 +167,6 @@ class Router:
         if request.accuracy is not AccuracyMode.ACCEPTABLE or self._floor_of is None:
             return 0.0
         return self._floor_of(family)
-
-    def _previous(self, latency_class: LatencyClass, variants: Variants) -> Play | None:
-        """Of these plays the one that was put first most recently for a request of this class."""
-        latest, previous = 0, None
-        for play, variant in variants.items():
-            chosen = self._states[play.target].record(variant).chosen.get(latency_class, 0)
-            if chosen > latest:
-                latest, previous = chosen, play
-        return previous
 
     async def run(
         self, request: InferenceRequest, family: Family, *, among: Among | None = None, deadline: float | None = None
@@ -204,43 +229,77 @@ def target_status(state: TargetState, now: float) -> dict[str, Any]:
     }
 
 
-def _candidates(state: TargetState, variants: Sequence[Variant], asking: Asking, now: float) -> list[Candidate]:
-    """A candidate for each variant; one without any, if the target has none."""
-    traits, breaker = state.traits, state.breaker
-    availability = state.target.availability()
+class _Facts(NamedTuple):
+    """What is so of a target now, whichever variant it is to run: why it cannot be asked, and its limit."""
+
+    unavailable: str
+    broken: str
+    limit: int
+
+
+def _facts(state: TargetState, latency_class: LatencyClass, now: float) -> _Facts:
+    availability, breaker = state.target.availability(), state.breaker
     if availability.available and not state.was_available:
         breaker.came_back(now)
     state.was_available = availability.available
-    unavailable = "" if availability.available else availability.reason or "unavailable"
-    broken = "" if breaker.allows(now) else breaker_reason(breaker, now)
-    limit = state.limit.limit(now)
+    return _Facts(
+        "" if availability.available else availability.reason or "unavailable",
+        "" if breaker.allows(now) else breaker_reason(breaker, now),
+        state.limit.limit(now, latency_class),
+    )
 
-    def candidate(id_: str, size: int, estimate: Estimate, passed_over: int, over: str) -> Candidate:
-        return Candidate(
-            traits.name,
-            traits.tier,
-            traits.order,
-            id_,
-            state.in_flight,
-            limit,
-            estimate,
-            size,
-            traits.max_bytes,
-            traits.region,
-            traits.backup,
-            traits.metered,
-            unavailable,
-            broken,
-            over,
-            passed_over,
-        )
 
-    if not variants:
-        return [candidate("", 0, Estimate(traits.prior_s, traits.prior_s, False), 0, "")]
-    found = []
-    cascade = asking.request.accuracy is AccuracyMode.ADAPTIVE and asking.request.variant is None
-    for variant in variants:
-        estimate = state.estimate(variant, now, cascade=cascade)
-        over = asking.over_budget(state, estimate, now)
-        found.append(candidate(variant.id, variant.bytes, estimate, state.record(variant).passed_over, over))
-    return found
+def _candidate(
+    state: TargetState,
+    variant: Variant,
+    play: Play,
+    record: TrackRecord,
+    facts: _Facts,
+    asking: Asking,
+    now: float,
+) -> Candidate:
+    traits, in_flight = state.traits, state.in_flight
+    request, accuracy = asking.request, state.accuracy_of(variant)
+    if request.accuracy is AccuracyMode.ADAPTIVE and request.variant is None:
+        accuracy = min(1.0, accuracy + variant.cascade_gain)
+    estimate = record.estimate(now, in_flight, traits.parallel, traits.cost_usd, accuracy)
+    unavailable, broken, limit = facts
+    return Candidate(
+        traits.name,
+        traits.tier,
+        traits.order,
+        variant.id,
+        in_flight,
+        limit,
+        estimate,
+        variant.bytes,
+        traits.max_bytes,
+        traits.region,
+        traits.backup,
+        traits.metered,
+        unavailable,
+        broken,
+        asking.over_budget(state, estimate, now) if asking.budgets is not None else "",
+        record.passed_over,
+        play,
+    )
+
+
+def _without_variant(state: TargetState, facts: _Facts) -> Candidate:
+    """A target that has no variant of the model: it is told of, not asked."""
+    traits = state.traits
+    return Candidate(
+        traits.name,
+        traits.tier,
+        traits.order,
+        "",
+        state.in_flight,
+        facts.limit,
+        Estimate(traits.prior_s, traits.prior_s, measured=False, cost_usd=traits.cost_usd),
+        max_bytes=traits.max_bytes,
+        region=traits.region,
+        backup=traits.backup,
+        metered=traits.metered,
+        unavailable=facts.unavailable,
+        breaker=facts.broken,
+    )

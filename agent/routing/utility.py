@@ -58,10 +58,10 @@ def terms(
     share = cost_usd / max_cost_usd if max_cost_usd > 0 else FREE_LIMIT_SHARE * (cost_usd > 0)
     return {
         "accuracy": weights.accuracy * accuracy,
-        "miss": -weights.lateness * (1.0 - success * (1.0 - late)),
-        "cost": -weights.cost * share,
-        "bytes": -weights.bytes * bytes / BYTES_UNIT,
-        "load": -weights.load * load,
+        "miss": 0.0 - weights.lateness * (1.0 - success * (1.0 - late)),
+        "cost": 0.0 - weights.cost * share,
+        "bytes": 0.0 - weights.bytes * bytes / BYTES_UNIT,
+        "load": 0.0 - weights.load * load,
     }
 
 

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from agent.config import RoutingSection
 from agent.core.errors import TargetBusy
-from agent.core.types import Attempt, TargetAnswer
+from agent.core.types import Attempt, LatencyClass, TargetAnswer
 from agent.registry.catalog import Variant
 from agent.routing.attempt import GRACE_S, Asking, TargetState
 from agent.routing.breaker import Breaker
@@ -190,7 +190,7 @@ class Walk:
     def _objection(self, side: Side) -> tuple[Constraint, str] | None:
         """What has changed since the ranking: time has passed, others may have taken the place."""
         now = self._asking.clock.monotonic()
-        found = standing(side.state, now)
+        found = standing(side.state, self._asking.request.latency_class, now)
         if found is not None:
             return found
         estimate = side.state.estimate(side.variant, now)
@@ -216,19 +216,22 @@ class Walk:
             state, variant = self._states[play.target], self._variants[play]
             if state is side.state or (state.traits.metered and not self._hedge_metered):
                 continue
-            if standing(state, now) is None and estimate.p95_s + state.estimate(variant, now).p50_s <= room_s:
+            if (
+                standing(state, self._asking.request.latency_class, now) is None
+                and estimate.p95_s + state.estimate(variant, now).p50_s <= room_s
+            ):
                 return Side(state, variant, self._bounded(state, self._end)), estimate.p95_s
         return None
 
 
-def standing(state: TargetState, now: float) -> tuple[Constraint, str] | None:
+def standing(state: TargetState, latency_class: LatencyClass, now: float) -> tuple[Constraint, str] | None:
     """Whether a target can be asked at all now, and why not."""
     availability = state.target.availability()
     if not availability.available:
         return Constraint.UNAVAILABLE, availability.reason or "unavailable"
     if not state.breaker.allows(now):
         return Constraint.BREAKER, breaker_reason(state.breaker, now)
-    if state.in_flight >= state.limit.limit(now):
+    if state.in_flight >= state.limit.limit(now, latency_class):
         return Constraint.BUSY, "busy"
     return None
 

@@ -66,6 +66,7 @@ class Metrics:
         self._answers: dict[_Key, _Answers] = {}
         self._refusals: dict[_Key, int] = {}
         self._attempts: dict[_Key, int] = {}
+        self._hedges: dict[_Key, int] = {}
         self._costs: dict[_Key, float] = {}
         self._malformed: dict[_Key, int] = {}
         self._abandoned = 0
@@ -146,6 +147,8 @@ class Metrics:
     def _tried(self, attempts: Sequence[Attempt], cost_usd: float) -> None:
         for attempt in attempts:
             _count(self._attempts, (attempt.target, attempt.outcome))
+            if attempt.hedge:
+                _count(self._hedges, (attempt.target, attempt.outcome))
         if cost_usd:
             paid = [a.target for a in attempts if a.tier.is_cloud and a.outcome != TargetBusy.code] or [_OTHER]
             for lane in paid:  # an attempt does not say its price: several lanes in one request share the sum
@@ -162,6 +165,12 @@ class Metrics:
             "malformed", "Messages that did not become a request.", ("door", "code"), self._malformed.items()
         )
         yield _counter("attempts", "Tries on a target, by outcome.", ("target", "outcome"), self._attempts.items())
+        yield _counter(
+            "hedges",
+            "Tries begun while another was late, by outcome; they are among the tries.",
+            ("target", "outcome"),
+            self._hedges.items(),
+        )
         yield GaugeMetricFamily("edge_agent_active_requests", "Admitted and not yet finished.", self.active)
         yield _gauge("build_info", "Always 1.", ("version",), [((__version__,), 1)])
         status: Mapping[str, Any] = {}

@@ -125,7 +125,7 @@ def _config(folder: Path, ports: dict[str, int], mcu_port: Path) -> dict[str, ob
     cloud = f"mqtt://127.0.0.1:{ports['link']}"
     return {
         "gateway": {"id": GATEWAY, "state_dir": str(folder / "state")},
-        "routing": {"breaker": {"backoff_max_s": 2.0}},
+        "routing": {"policy": "scorecard", "breaker": {"backoff_max_s": 2.0}},  # each tier has its own part in it
         "edge_mcu": {"port": str(mcu_port), "baud": 921600},
         "edge_gpu": {"isolation": "process"},
         "cloud": {

@@ -55,14 +55,14 @@ def later(candidate: Candidate, **changes: Any) -> Candidate:
 # --- who comes first -------------------------------------------------------------------------------------------------
 
 
-def test_the_most_valuable_first_then_each_other_target_then_second_variants() -> None:
+def test_the_most_valuable_first_then_the_other_targets_then_second_variants_then_the_other_groups() -> None:
     assert order(ask(question(NEAR))) == [
         "gpu/fp16",
         "cloud/fp32",
         "mcu/int8",
+        "gpu/small",
         "spare/fp32",
         "lambda/fp32",
-        "gpu/small",
     ]
 
 
@@ -377,9 +377,6 @@ def test_what_holds_of_every_decision(
         return
     safe = [one for one in decision.ranked if named[one].estimate.p95_s <= asked.time_left_s]
     assert not safe or decision.ranked[0] in safe
-    firsts = [one.target for one in decision.ranked]
-    targets = list(dict.fromkeys(firsts))
-    assert firsts[: len(targets)] == targets, "each target once before any target twice"
     weights: UtilityWeights = getattr(chosen.weights, asked.latency_class.value)
     for one in decision.judged:
         if one.utility is not None:
