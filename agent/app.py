@@ -25,16 +25,21 @@ from agent.registry.accuracy import Accuracies, Alarm
 from agent.registry.catalog import Catalog, load_catalog
 from agent.registry.locate import catalog_path
 from agent.routing.admission import Admission
+from agent.routing.budget import budget_of
+from agent.routing.limits import limits_of
 from agent.routing.router import Router
 from agent.routing.shadow import Shadow
 from agent.runtimes.base import RuntimeUnavailable
 from agent.sdnotify import Notifier
+from agent.store.budget_file import BudgetFile
 from agent.store.cache import ResultCache
 from agent.supervisor import Component, ComponentState, Supervisor
 from agent.targets.base import Target
 from agent.telemetry import events
 from agent.telemetry.load import LoadSampler
 from agent.telemetry.metrics import Metrics
+from agent.telemetry.story import Stories
+from agent.telemetry.trace import TraceFile, trace_header
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +71,22 @@ def build_targets(config: Config, catalog: Catalog, clock: Clock) -> list[Target
     return targets
 
 
+def build_trace(config: Config, catalog: Catalog, targets: Sequence[Target], clock: Clock) -> TraceFile | None:
+    """Where requests are recorded; None: nowhere."""
+    section = config.monitoring
+    if section.record is None:
+        return None
+    header = {"gateway": config.gateway.id, "version": __version__, "started": clock.wall()}
+    return TraceFile(
+        section.record,
+        header | trace_header(catalog, (target.traits for target in targets)),
+        started=clock.monotonic(),
+        payload=section.record_payload,
+        max_bytes=section.record_max_bytes,
+        files=section.record_files,
+    )
+
+
 class App:
     """The daemon. `ingress.base.Core` for its doors."""
 
@@ -79,12 +100,19 @@ class App:
         self.load = LoadSampler()
         self.targets = build_targets(config, catalog, clock)
         self.accuracies = Accuracies(catalog, config.drift, config.gateway.state_dir / "accuracy.json")
+        self.budget_file = BudgetFile(config.gateway.state_dir / "budgets.json")
+        self.budget = budget_of(config.budgets, config.cloud.lanes, self.budget_file)
+        self.trace = build_trace(config, catalog, self.targets, clock)
+        self.stories = Stories(config.routing.explain_last, clock, self.trace)
         self.router = Router(
             self.targets,
             config.routing,
             clock,
+            budgets=self.budget,
             accuracy_of=self.accuracies.accuracy_of,
             floor_of=lambda _: config.accuracy.floor,
+            limit_for=limits_of(config.routing.overload),
+            watcher=self.stories.routed,
         )
         self.shadow = Shadow(self.router, self.accuracies, config.shadow, clock)
         self.cache = ResultCache(config.fallback, config.gateway.state_dir / "cache.sqlite", catalog, clock)
@@ -95,6 +123,7 @@ class App:
             self.metrics,
             clock,
             config.routing,
+            self.stories,
             accuracy=config.accuracy,
             accuracy_of=self.accuracies.accuracy_of,
             shadow=self.shadow,
@@ -146,8 +175,11 @@ class App:
             "targets": targets,
             "models": self._models(),
             "shadow": self.shadow.status(),
+            "budgets": [] if self.budget is None else self.budget.left(self._clock.monotonic()),
+            "overload": self.pipeline.queue.status(),
             "cache": self.cache.stats(),
             "counters": self.metrics.counters(),
+            "recorder": None if self.trace is None else self.trace.status(),
             "doors": {
                 "http": self.http.status() if self._config.http.enabled else None,
                 "mqtt": self.mqtt.status() if self.mqtt else None,
@@ -163,6 +195,9 @@ class App:
             shown.setdefault(name, {})["drift"] = drift
         return shown
 
+    def explain(self, request_id: str) -> Mapping[str, Any] | None:
+        return self.stories.explain(request_id)
+
     def _parts(self) -> list[dict[str, Any]]:
         """The doors and the store as components."""
         parts: list[dict[str, Any]] = []
@@ -175,6 +210,9 @@ class App:
             parts.append({"name": "mqtt door", "state": state, "reason": link.reason, "since_s": since_s})
         trouble = self.cache.problem()
         parts.append({"name": "cache", "state": "degraded" if trouble else "up", "reason": trouble})
+        if self.trace:
+            why = self.trace.problem
+            parts.append({"name": "recorder", "state": "degraded" if why else "up", "reason": why})
         return parts
 
     def recent(self) -> list[dict[str, Any]]:
@@ -187,6 +225,11 @@ class App:
         """Open the store, connect the targets, then open the doors. Raises `ConfigError` if that is impossible."""
         self.cache.open()
         self.accuracies.load()
+        if self.trace is not None:
+            self.trace.start()
+        if self.budget is not None:
+            self.budget_file.open(self.budget, self._clock.monotonic(), self._clock.wall())
+            self.supervisor.spawn("budgets", self._keep_budget, stall_s=STALL_S)
         try:
             await asyncio.gather(*(target.start() for target in self.targets))
         except RuntimeUnavailable as error:
@@ -222,6 +265,10 @@ class App:
             await self.mqtt.stop()
         await self.supervisor.stop()
         await asyncio.gather(*(target.stop() for target in self.targets))
+        if self.budget is not None:
+            await asyncio.to_thread(self.budget_file.close, self.budget.document(self._clock.monotonic()))
+        if self.trace is not None:
+            await asyncio.to_thread(self.trace.close)
         await asyncio.to_thread(self.cache.close)
 
     def _warm_up(self) -> None:
@@ -245,6 +292,15 @@ class App:
     async def _ask_shadows(self, component: Component) -> None:
         component.set(ComponentState.UP)
         await self.shadow.work()
+
+    async def _keep_budget(self, component: Component) -> None:
+        """Writes what is used now and then, and says when that does not work."""
+        assert self.budget is not None
+        while True:
+            self.budget.keep(self._clock.monotonic(), self._clock.wall())
+            trouble = "; ".join(filter(None, (self.budget.problem, self.budget_file.alarm)))
+            component.set(ComponentState.DEGRADED if trouble else ComponentState.UP, trouble)
+            await asyncio.sleep(HEARTBEAT_S)
 
     async def _heartbeat(self, component: Component) -> None:
         """Turns with the loop and measures how late it does."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from agent import __version__, cli_client, cli_mcu, cli_models, cli_sim, cli_worker
+from agent import __version__, cli_client, cli_explain, cli_mcu, cli_models, cli_sim, cli_worker
 from agent.core.errors import ConfigError, EdgeAgentError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
 
     cli_client.add_parsers(commands)
+    cli_explain.add_parser(commands)
     cli_mcu.add_parser(commands)
     cli_worker.add_parser(commands)
 

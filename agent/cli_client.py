@@ -64,13 +64,13 @@ def _infer(args: argparse.Namespace) -> int:
     document |= {key: value for key, value in options.items() if value is not None}
     if args.no_cache:
         document["use_cache"] = False
-    code, answer = _call(f"{args.url}/infer", document)
+    code, answer = call(f"{args.url}/infer", document)
     if args.json:
         print(json.dumps(answer, indent=2))
     elif code == 200:
         _show_answer(answer)
     if code != 200:
-        return EXIT_FAILED if args.json else _refused(answer)
+        return EXIT_FAILED if args.json else refused(answer)
     return EXIT_STALE if args.fresh and answer["stale"] else EXIT_OK
 
 
@@ -90,7 +90,7 @@ def _show_answer(answer: dict[str, Any]) -> None:
         print(f"  why      {reason}")
 
 
-def _refused(answer: dict[str, Any]) -> int:
+def refused(answer: dict[str, Any]) -> int:
     """One line that says what is wrong, then why, on standard error."""
     error = answer.get("error")
     error = error if isinstance(error, dict) else {"message": str(answer)[:200]}
@@ -105,12 +105,12 @@ def _refused(answer: dict[str, Any]) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    code, status = _call(f"{args.url}/status", None)
+    code, status = call(f"{args.url}/status", None)
     if args.json:
         print(json.dumps(status, indent=2))
         return EXIT_OK if code == 200 else EXIT_FAILED
     if code != 200:
-        return _refused(status)
+        return refused(status)
     ready = "ready" if status["ready"] else f"NOT READY: {status['reason']}"
     print(f"{status['gateway']}: {ready}, up {status['uptime_s']:.0f} s, version {status['version']}")
     for target in status["targets"]:
@@ -182,7 +182,7 @@ def _decoded(data: bytes) -> Any:
         raise ValueError("is not JSON of any use: nested too deeply") from None
 
 
-def _call(url: str, document: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
+def call(url: str, document: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
     """HTTP status and decoded body. A daemon that cannot be reached exits with a sentence."""
     if not url.startswith(("http://", "https://")):
         raise SystemExit(f"edge-agent: {url}: must begin with http:// or https://")

@@ -22,6 +22,7 @@ from agent.routing.router import NoAnswer, Router, of_the_catalogue
 from agent.routing.shadow import Shadow
 from agent.store.cache import CacheKey, Freshness, Hit, ResultCache, cache_key
 from agent.telemetry.metrics import Metrics
+from agent.telemetry.story import Stories
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Pipeline:
         metrics: Metrics,
         clock: Clock,
         settings: RoutingSection,
+        stories: Stories | None = None,
         *,
         accuracy: AccuracySection | None = None,
         accuracy_of: AccuracyOf = of_the_catalogue,
@@ -69,6 +71,7 @@ class Pipeline:
         self._cache = cache
         self._metrics = metrics
         self._clock = clock
+        self._stories = stories or Stories(0, clock)
         self.queue = RequestQueue(settings.overload, settings.max_in_flight, clock)
         router.on_free(self.queue.room)
         self._by_key: OrderedDict[tuple[str, str, str], _Kept] = OrderedDict()
@@ -149,6 +152,7 @@ class Pipeline:
     async def _recorded(self, request: InferenceRequest) -> InferenceResult:
         """Count it, answer it, record what came of it."""
         self._metrics.started()
+        self._stories.begin(request)
         self.in_flight += 1
         self._idle.clear()
         try:
@@ -163,6 +167,7 @@ class Pipeline:
             raise internal from defect
         except BaseException:
             self._metrics.abandoned()
+            self._stories.abandoned(request)
             raise
         finally:
             self.in_flight -= 1
@@ -171,6 +176,9 @@ class Pipeline:
         self._metrics.answered(result)
         if request.out_of_range:
             self._metrics.quality.out_of_range(request.model)
+        story = self._stories.ended(request, result)
+        if request.explain and story is not None:
+            result = result._replace(explanation=story.to_dict())
         self._record(request, result)
         return result
 
@@ -311,6 +319,9 @@ class Pipeline:
 
     def _refused(self, request: InferenceRequest, error: InferenceError) -> None:
         self._metrics.refused(_addressed(error, request), request.latency_class)
+        story = self._stories.ended(request, error)
+        if request.explain and story is not None:
+            error.explanation = story.to_dict()
         self._record(request, error)
 
     def _record(self, request: InferenceRequest, outcome: InferenceResult | InferenceError) -> None:

@@ -16,6 +16,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, fie
 
 from agent.config.base import NAME_PATTERN, TOPIC_PATTERN, ClassName, Name, Priority, Section, Substituted, Topic
 from agent.config.broker import BrokerSection, check_broker_url, check_topic_filter
+from agent.config.budgets import AmountsSection, BudgetsSection
 from agent.config.cascade import AccuracyName, AccuracySection, DriftSection, ShadowSection
 from agent.config.doors import HttpSection, MqttSection, SensorSection
 from agent.config.overload import ClassShares, LimitSection, OverloadSection, WaitingSection
@@ -35,8 +36,10 @@ __all__ = [
     "TOPIC_PATTERN",
     "AccuracyName",
     "AccuracySection",
+    "AmountsSection",
     "BreakerSection",
     "BrokerSection",
+    "BudgetsSection",
     "ClassName",
     "ClassShares",
     "ClassWeights",
@@ -114,6 +117,21 @@ class MonitoringSection(Section):
     """How often the retained MQTT status is refreshed, if nothing changed."""
     sample_interval_s: float = Field(default=2, gt=0, le=3600)
     """How often CPU, memory, temperature and accelerator load are read."""
+    record: Path | None = None
+    """A file that gets one line for each request (`docs/traces.md`). Absolute, as `gateway.state_dir` is."""
+    record_payload: bool = False
+    """Whether the lines hold the inputs as well."""
+    record_max_bytes: int = Field(default=64 << 20, ge=4096, le=1 << 40)
+    """Of one file; then it is set aside and the next one begun."""
+    record_files: int = Field(default=4, ge=1, le=1000)
+    """Files kept, the one being written among them."""
+
+    @field_validator("record", mode="after")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_absolute():
+            raise ValueError("must be absolute")
+        return value
 
 
 class Config(Section):
@@ -128,6 +146,7 @@ class Config(Section):
     edge_mcu: McuSection = McuSection()
     edge_gpu: GpuSection = GpuSection()
     cloud: CloudSection = CloudSection()
+    budgets: BudgetsSection = BudgetsSection()
     fallback: FallbackSection = FallbackSection()
     mqtt: MqttSection = MqttSection()
     http: HttpSection = HttpSection()

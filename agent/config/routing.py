@@ -137,3 +137,5 @@ class RoutingSection(Section):
     max_in_flight: int = Field(default=256, ge=1, le=100_000)
     """Requests in the daemon at once; further ones wait in line, or are refused with `overloaded`."""
     overload: OverloadSection = OverloadSection()
+    explain_last: int = Field(default=256, ge=0, le=100_000)
+    """Requests of which `/explain` can tell how they were decided; the oldest is forgotten first."""

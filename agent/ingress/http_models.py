@@ -201,6 +201,20 @@ class AnswerDocument(_Documented):
     )
 
 
+class ExplanationDocument(_Documented):
+    """How a request was decided. `docs/traces.md` names the keys below these."""
+
+    request_id: Annotated[str, Field(description="The request's.")]
+    at: Annotated[float, Field(description="Unix time of receipt.")]
+    request: Annotated[dict[str, Any], Field(description="What was asked, defaults filled in, without its tensors.")]
+    stages: Annotated[
+        list[dict[str, Any]],
+        Field(description="Each time routing was asked: `decision` with its candidates and weights, `attempts`."),
+    ]
+    outcome: Annotated[dict[str, Any], Field(description="What came of it: an answer or a refusal.")]
+    reasons: Annotated[list[str], Field(description="The same for a person.")]
+
+
 class FaultDocument(_Documented):
     code: Annotated[str, Field(description="For programs.")]
     message: Annotated[str, Field(description="For people: what was found, what is allowed.")]
@@ -216,6 +230,7 @@ class RefusalDocument(_Documented):
     attempts: Annotated[list[AttemptDocument], Field(description="Every try on a target, in order.")]
     cost_usd: Annotated[float, Field(description="What the attempts cost all the same.")]
     reasons: Annotated[list[str], Field(description="Which targets could not be asked, and why.")]
+    explanation: Annotated[dict[str, Any] | None, Field(description="How it came to this; only with `explain`.")] = None
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -245,7 +260,7 @@ class AliveDocument(_Documented):
     status: Annotated[Literal["alive"], Field(description="Always this: a daemon that is not does not answer.")]
 
 
-_MODELS = (InferDocument, AnswerDocument, RefusalDocument, ReadyDocument, AliveDocument)
+_MODELS = (InferDocument, AnswerDocument, ExplanationDocument, RefusalDocument, ReadyDocument, AliveDocument)
 
 REFUSALS = {
     400: "The request is wrong (`invalid_request`), or its body is not JSON (`undecodable`).",
@@ -330,6 +345,25 @@ def _inline(schema: Any) -> dict[str, Any]:
     if "$ref" in options[0]:
         return {"type": "string", "enum": [member.value for member in LatencyClass]}
     return {key: value for key, value in options[0].items() if key not in ("description", "title")}
+
+
+def explain_operation() -> dict[str, Any]:
+    """The operation object of `GET /explain/{request_id}`."""
+    return {
+        "parameters": [
+            {
+                "name": "request_id",
+                "in": "path",
+                "required": True,
+                "description": "Of an answer or a refusal.",
+                "schema": {"type": "string"},
+            }
+        ],
+        "responses": {
+            "200": _json(ExplanationDocument, "How it was decided."),
+            "404": _json(RefusalDocument, "Not among the last `routing.explain_last` requests (`not_remembered`)."),
+        },
+    }
 
 
 def ready_operation() -> dict[str, Any]:

@@ -110,12 +110,31 @@ class Asking:
         self, state: TargetState, variant: Variant, until: float, *, hedge: bool = False
     ) -> tuple[TargetAnswer | None, Attempt]:
         """One try, to end by `until`. Raises nothing but `CancelledError` of its own task."""
+        budgets, traits = self.budgets, state.traits
+        if budgets is None or not traits.tier.is_cloud:
+            return await self._try(state, variant, until, hedge=hedge)
+        now = self.clock.monotonic()
+        expected = state.estimate(variant, now)
+        over = self.over_budget(state, expected, now)
+        if over:  # another request may have been quicker since the ranking; between here and `spend` none can be
+            return None, attempted(state, variant, TargetBusy.code, 0.0, over, hedge=hedge)
+        receipt = budgets.spend(traits.name, traits.cost_usd, expected.bytes, now)
+        answer, attempt = await self._try(state, variant, until, hedge=hedge)
+        if answer is not None:
+            used = answer.bytes_sent + answer.bytes_received
+            budgets.settle(receipt, traits.cost_usd, used, self.clock.monotonic())
+        elif attempt.outcome == TargetBusy.code:
+            budgets.settle(receipt, 0.0, expected.bytes, self.clock.monotonic())
+        return answer, attempt
+
+    async def _try(
+        self, state: TargetState, variant: Variant, until: float, *, hedge: bool
+    ) -> tuple[TargetAnswer | None, Attempt]:
+        """The same, whatever it costs."""
         started = self.clock.monotonic()
         cut_off = max(until, min(until + GRACE_S, self.deadline))
         expected, others = state.estimate(variant, started), state.in_flight
         usual_s = expected.idle_s
-        if self.budgets is not None and state.traits.tier.is_cloud:
-            self.budgets.spend(state.traits.name, state.traits.cost_usd, expected.bytes, started)
         state.in_flight += 1
         state.requests += 1
         probe = state.breaker.began(started)

@@ -178,14 +178,18 @@ class Decision:
 
 
 class Budgets(Protocol):
-    """What may be spent on a lane. Pure to look at; told of every attempt before it begins."""
+    """What may be spent on a lane: told of every attempt before it begins, and after it of what it took."""
 
     def objection(self, lane: str, cost_usd: float, bytes: int, priority: int, now: float) -> str:
         """Why the lane may not be asked now; empty: it may."""
         ...
 
-    def spend(self, lane: str, cost_usd: float, bytes: int, now: float) -> None:
-        """An attempt on the lane begins."""
+    def spend(self, lane: str, cost_usd: float, bytes: int, now: float) -> Any:
+        """An attempt on the lane begins. Returns what `settle` takes."""
+        ...
+
+    def settle(self, receipt: Any, cost_usd: float, bytes: int, now: float) -> None:
+        """The attempt is over, and this is what it took. Not called where nobody knows."""
         ...
 
 

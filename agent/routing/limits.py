@@ -17,11 +17,12 @@ more and the class is not the tightest: so batch work never holds the last place
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import ceil, sqrt
 
-from agent.config import ClassShares, LimitSection
+from agent.config import ClassShares, LimitSection, OverloadSection
 from agent.core.types import LatencyClass
+from agent.targets.base import TargetTraits
 
 STEEPEST = 0.5
 """Lowest gradient: one very slow attempt is not to close a target."""
@@ -40,6 +41,12 @@ class Shares:
         if share >= 1.0 or of < 2:
             return of
         return max(1, min(of - 1, ceil(share * of)))
+
+
+def limits_of(settings: OverloadSection) -> Callable[[TargetTraits], AdaptiveLimit]:
+    """Makes the limit of each target."""
+    shares = Shares(settings.shares)
+    return lambda traits: AdaptiveLimit(settings.limits, shares, traits.max_concurrent)
 
 
 class AdaptiveLimit:

@@ -20,7 +20,7 @@ from agent.core.types import LatencyClass
 
 ORDER = tuple(LatencyClass)
 """Tightest first."""
-MAX_SCAN = 256
+MAX_SCAN = 64
 """Waiting requests looked at for one free place: those behind them wait for the next one."""
 
 

@@ -18,7 +18,7 @@ from agent.core.errors import Overloaded
 from agent.core.types import InferenceRequest
 from agent.routing.limits import Shares
 from agent.routing.line import Line, Ticket
-from agent.routing.router import NoAnswer
+from agent.routing.walk import NoAnswer
 
 T = TypeVar("T")
 
@@ -27,11 +27,11 @@ RATE_WINDOW: Final = 64
 RETRY_MIN_S: Final = 0.1
 RETRY_MAX_S: Final = 30.0
 
-Fits = Callable[[], bool]
+NEVER: Final = -1
 
 
 class RequestQueue:
-    """The daemon's places, and the line before them. Every `enter` that returns is followed by one `leave`."""
+    """The daemon's places, and the line before them."""
 
     def __init__(self, settings: OverloadSection, max_in_flight: int, clock: Clock) -> None:
         self._clock = clock
@@ -40,6 +40,9 @@ class RequestQueue:
         self._line = Line(settings.waiting)
         self._finished: deque[float] = deque(maxlen=RATE_WINDOW)
         self._in_service = 0
+        self._events = 0
+        """Times that something became free."""
+        self._letting_in = False
         self._counts = {"waited": 0, "refused_full": 0, "refused_evicted": 0, "refused_deadline": 0}
 
     async def run(
@@ -55,8 +58,12 @@ class RequestQueue:
         `full` says that nothing but full targets stands in its way now; `needed_s` is the least that an answer takes:
         waiting ends that much before the deadline. Raises `Overloaded`, and what `ask` raises.
         """
-        waited_s = await self.enter(request)
-        placed = True
+        began = self._clock.monotonic()
+        if self._free(request) and not self._line.precedes(request.latency_class, request.priority):
+            self._in_service += 1
+        else:
+            await self._wait(request, full, needed_s(), began, NEVER)
+        placed, waited_s = True, self._clock.monotonic() - began
         try:
             while True:
                 try:
@@ -64,48 +71,36 @@ class RequestQueue:
                 except NoAnswer as failure:
                     if failure.attempts or not failure.busy:
                         raise
+                self._in_service -= 1
                 placed = False
-                waited_s += await self._again(request, lambda: not full(), needed_s())
-                placed = True
+                await self._wait(request, full, needed_s(), began, self._events)
+                placed, waited_s = True, self._clock.monotonic() - began
         finally:
             if placed:
-                self.leave()
-
-    async def enter(self, request: InferenceRequest) -> float:
-        """Take one of the daemon's places, after waiting for it if need be: returns the seconds waited.
-
-        Raises `Overloaded`.
-        """
-        if self._free(request) and not self._line.precedes(request.latency_class, request.priority):
-            self._in_service += 1
-            return 0.0
-        return await self._wait(request, lambda: True, 0.0)
-
-    async def _again(self, request: InferenceRequest, fits: Fits, needed_s: float) -> float:
-        """Give the place up until `fits` says that some target has room; returns the seconds waited, with a place.
-
-        Raises `Overloaded`; then the place is gone.
-        """
-        self._in_service -= 1
-        return await self._wait(request, fits, needed_s)
-
-    def leave(self) -> None:
-        """A request is finished, however it ended."""
-        self._in_service -= 1
-        self._finished.append(self._clock.monotonic())
-        self.room()
+                self._in_service -= 1
+                self._finished.append(self._clock.monotonic())
+                self.room()
 
     def room(self) -> None:
         """Something may have become free, here or on a target: let in whoever it is free for."""
+        self._events += 1
+        self._let_in()
+
+    def _let_in(self) -> None:
+        """One after the other: only when the last one has begun to ask can be told whether there is room for more."""
+        if self._letting_in or not len(self._line):
+            return
         full: set[Hashable] = set()
-        while len(self._line):
-            ticket = self._line.take(lambda ticket: self._fits(ticket.holder, full))
-            if ticket is None:
-                return
+        ticket = self._line.take(lambda ticket: self._fits(ticket.holder, full))
+        if ticket is not None:
             holder: _Holder = ticket.holder
-            if not holder.granted.done():
-                self._in_service += 1
-                holder.granted.set_result(None)
+            self._letting_in = True
+            self._in_service += 1
+            holder.granted.set_result(None)
+
+    def _came_in(self) -> None:
+        self._letting_in = False
+        asyncio.get_running_loop().call_soon(self._let_in)
 
     @property
     def waiting(self) -> int:
@@ -116,12 +111,14 @@ class RequestQueue:
         """For `/status`: plain JSON types."""
         return {"in_service": self._in_service, "places": self._places, "waiting": self._line.counts(), **self._counts}
 
-    async def _wait(self, request: InferenceRequest, fits: Fits, needed_s: float) -> float:
-        began = self._clock.monotonic()
-        patience_s = request.deadline - needed_s - began
+    async def _wait(
+        self, request: InferenceRequest, full: Callable[[], bool], needed_s: float, began: float, tried: int
+    ) -> None:
+        """Until there is a place, and it is taken. `tried`: what had happened when there was none for it at last."""
+        patience_s = request.deadline - needed_s - self._clock.monotonic()
         if patience_s <= 0.0:
             raise self._refusal("deadline", "every place is taken, and the deadline leaves no time to wait")
-        holder = _Holder(request, fits, asyncio.get_running_loop().create_future())
+        holder = _Holder(request, full, tried, asyncio.get_running_loop().create_future())
         ticket, evicted = self._line.join(request.latency_class, request.priority, holder)
         if evicted is not None and not evicted.holder.granted.done():
             evicted.holder.granted.set_exception(
@@ -132,34 +129,36 @@ class RequestQueue:
                 "full", f"every place is taken, and so is the line of {request.latency_class} requests that wait"
             )
         self._counts["waited"] += 1
-        self.room()
+        self._let_in()
         try:
             async with asyncio.timeout(patience_s):
                 await holder.granted
         except TimeoutError:
-            self._give_back(ticket, holder)
+            self._gave_up(ticket, holder)
             waited_ms = (self._clock.monotonic() - began) * 1e3
             raise self._refusal(
                 "deadline", f"waited {waited_ms:.1f} ms for a place; the deadline cannot be met any more"
             ) from None
         except asyncio.CancelledError:
-            self._give_back(ticket, holder)
+            self._gave_up(ticket, holder)
             raise
-        return self._clock.monotonic() - began
+        self._came_in()
 
-    def _give_back(self, ticket: Ticket, holder: _Holder) -> None:
-        """Whoever stops waiting leaves nothing behind: neither a ticket nor a place that it was just given."""
+    def _gave_up(self, ticket: Ticket, holder: _Holder) -> None:
+        """Leaves nothing behind: neither a ticket nor a place that it was just given."""
         granted = holder.granted
         if self._line.leave(ticket) or not granted.done() or granted.cancelled() or granted.exception() is not None:
             return
         self._in_service -= 1
-        self.room()
+        self._came_in()
 
     def _fits(self, holder: _Holder, full: set[Hashable]) -> bool:
         """`full`: questions for which no target had room a moment ago, so that nobody works that out again."""
-        if holder.question in full or not self._free(holder.request):
+        if holder.granted.done() or holder.tried == self._events or holder.question in full:
             return False
-        if holder.fits():
+        if not self._free(holder.request):
+            return False
+        if not holder.full():
             return True
         full.add(holder.question)
         return False
@@ -180,13 +179,16 @@ class RequestQueue:
 
 
 class _Holder:
-    """Whose ticket it is, and what it waits for."""
+    """Whose ticket it is, and what it waits for. Requests with one `question` find the same targets full."""
 
-    __slots__ = ("fits", "granted", "question", "request")
+    __slots__ = ("full", "granted", "question", "request", "tried")
 
-    def __init__(self, request: InferenceRequest, fits: Fits, granted: asyncio.Future[None]) -> None:
+    def __init__(
+        self, request: InferenceRequest, full: Callable[[], bool], tried: int, granted: asyncio.Future[None]
+    ) -> None:
         self.request = request
-        self.fits = fits
+        self.full = full
+        self.tried = tried
         self.granted = granted
         self.question: Hashable = (
             request.latency_class,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from agent.config import RoutingSection
 from agent.core.clock import Clock
-from agent.core.types import AccuracyMode, Complexity, InferenceRequest, LatencyClass
+from agent.core.types import AccuracyMode, Attempt, Complexity, InferenceRequest, LatencyClass
 from agent.registry.catalog import Family, Variant, complexity
 from agent.routing.attempt import AccuracyOf, Asking, TargetState
 from agent.routing.breaker import Breaker, BreakerState
@@ -23,6 +23,8 @@ Among: TypeAlias = Callable[[TargetTraits, Variant], bool]
 """Says of a play whether it may be asked at all."""
 LimitFor: TypeAlias = Callable[[TargetTraits], Limit]
 FloorOf: TypeAlias = Callable[[Family], float]
+Watcher: TypeAlias = Callable[[InferenceRequest, Decision, Sequence[Attempt]], None]
+"""Told of every decision of `run`, before its first attempt; the attempts are filled in as they end."""
 
 
 def of_the_catalogue(variant: Variant) -> float:
@@ -47,11 +49,13 @@ class Router:
         accuracy_of: AccuracyOf = of_the_catalogue,
         floor_of: FloorOf | None = None,
         limit_for: LimitFor | None = None,
+        watcher: Watcher | None = None,
     ) -> None:
         self._settings = settings
         self._policy = Policy(settings)
         self._clock = clock
         self._budgets = budgets
+        self._watcher = watcher
         self._floor_of = floor_of
         self._decisions = 0
         self._states = {
@@ -179,7 +183,10 @@ class Router:
         decision, variants = self.decide(request, family, self._clock.monotonic(), among=among, deadline=end)
         self._remember(request.latency_class, decision, variants)
         asking = Asking(request, family, end, self._clock, self._budgets)
-        return await Walk(asking, decision, variants, self._states, self._settings).run()
+        walk = Walk(asking, decision, variants, self._states, self._settings)
+        if self._watcher is not None:
+            self._watcher(request, decision, walk.attempts)
+        return await walk.run()
 
     def _remember(self, latency_class: LatencyClass, decision: Decision, variants: Variants) -> None:
         """What was chosen, for hysteresis; what was passed over, for probes."""
@@ -214,6 +221,7 @@ def target_status(state: TargetState, now: float) -> dict[str, Any]:
         "reason": availability.reason or ("" if breaker.allows(now) else breaker_reason(breaker, now)),
         "in_flight": state.in_flight,
         "max_concurrent": traits.max_concurrent,
+        "limit": state.limit.limit(now, LatencyClass.REALTIME),
         "breaker": {
             "state": breaker.state.value,
             "failures": breaker.consecutive_failures,

@@ -86,6 +86,11 @@ class Walk:
         self._cost_usd = 0.0
         self._late = False
 
+    @property
+    def attempts(self) -> Sequence[Attempt]:
+        """Those that have ended; grows while it runs."""
+        return self._attempts
+
     async def run(self) -> Routed:
         """Ask until one answers. Raises `NoAnswer`."""
         left = list(self._decision.ranked)

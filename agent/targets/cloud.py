@@ -84,7 +84,7 @@ class CloudLane:
             if "cloud" in variant.targets
         }
         self._traits = TargetTraits(
-            name=f"cloud:{lane.name}",
+            name=lane.target,
             tier=Tier.CLOUD_SERVERLESS if serverless else Tier.CLOUD_GPU,
             order=20 + 10 * serverless + 20 * lane.backup,
             max_concurrent=lane.max_concurrent,

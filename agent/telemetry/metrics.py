@@ -286,6 +286,7 @@ def _state_families(status: Mapping[str, Any]) -> Iterator[Metric]:
         ("available", "1: the target can be asked now."),
         ("in_flight", "Attempts running on the target."),
         ("max_concurrent", "Attempts the target takes at once."),
+        ("limit", "Attempts the target is given at once now."),
     ):
         yield _gauge(
             f"target_{key}", text, ("target", "tier"), [(_of(t), n) for t in targets for n in _number(t.get(key))]
@@ -308,7 +309,22 @@ def _state_families(status: Mapping[str, Any]) -> Iterator[Metric]:
         ("target", "reading"),
         [((str(t["name"]), name), n) for t in targets for name, n in _numbers(_mapping(t, "detail"))],
     )
-    for section in ("cache", "doors", "load"):
+    budgets = [entry for entry in _list(status, "budgets")[:MAX_READINGS] if isinstance(entry, Mapping)]
+    for name, key, text in (
+        ("remaining", "left", "What a budget leaves: USD, bytes or requests. lane=all: of all lanes together."),
+        ("limit", "limit", "What the budget is."),
+    ):
+        yield _gauge(
+            f"budget_{name}",
+            text,
+            ("lane", "unit", "window"),
+            [
+                ((str(entry.get("lane") or "all"), str(entry.get("unit")), str(entry.get("window"))), n)
+                for entry in budgets
+                for n in _number(entry.get(key))
+            ],
+        )
+    for section in ("cache", "doors", "load", "overload"):
         readings = [((name,), n) for name, n in _numbers(_mapping(status, section))]
         yield _gauge(section, f"Numbers of the section `{section}` of /status.", ("reading",), readings)
     yield _gauge(

@@ -20,15 +20,16 @@ import numpy as np
 from agent.config import Config
 from agent.core.types import InferenceResult, LatencyClass, Tier
 from hil.sim import faults
-from hil.sim.judge import Verdict, at_most
-from hil.sim.load import STANDARD, Load
+from hil.sim.judge import Verdict, at_least, at_most
+from hil.sim.load import STANDARD, Ask, Load
 from hil.sim.play import Course, Run, Scenario, Stage, play, resident_bytes
 from hil.sim.strategies import ALWAYS_GATEWAY, ALWAYS_MCU, OURS
 
 CROWD = 10_000
-AT_ONCE_S = 1e-6
 PATIENT_MS = 120_000.0
 """Deadline of every request where all of them are to be answered."""
+MOST_KB = 64.0
+"""Memory that a request may take while it waits: with it 10,000 of them stay below 640 MB."""
 TOLERANCE = 1.5
 FEWEST = 50
 """Answers of a tier below which its 99th percentile says nothing."""
@@ -53,6 +54,16 @@ class Crowd:
     peak_kb: float
     longest_s: Mapping[str, float]
 
+    def verdicts(self, name: str) -> list[Verdict]:
+        """What must hold of it."""
+        settled = sum(self.answered.values()) + sum(self.refused.values()) - self.unexplained
+        starved = [kind.value for kind in LatencyClass if not self.answered.get(kind.value)]
+        return [
+            at_least(f"{name}: answered, or refused with a reason", settled / max(1, self.asked), 1.0),
+            at_most(f"{name}: classes without an answer", len(starved), 0, "classes", ", ".join(starved)),
+            at_most(f"{name}: memory", self.peak_kb, MOST_KB, "kB for each request"),
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "asked": self.asked,
@@ -71,9 +82,14 @@ def crowd(stage: Stage, config: Config, requests: int = CROWD, *, patient: bool 
     if patient:
         kinds = tuple(replace(kind, deadline_ms=PATIENT_MS) for kind in STANDARD)
         config = roomy(config, requests)
-    load = Load(requests, 1.0 / AT_ONCE_S, AT_ONCE_S, kinds=kinds)
+    rng = np.random.default_rng([seed, 0])
+    chosen = rng.choice(len(kinds), requests, p=[kind.share for kind in kinds])
+    asks = []
+    for number, index in enumerate(chosen):
+        kind = kinds[int(index)]
+        asks.append(Ask(number, 0.0, kind, number, int(rng.integers(len(stage.samples[kind.family])))))
     before = resident_bytes()
-    run = play(stage, Scenario(load, seed=seed), config)
+    run = play(stage, Scenario(asks, seed=seed), config)
     return _told(run, run.most_bytes - before)
 
 

@@ -69,9 +69,14 @@ class Spells:
 
 
 class Weather:
-    """How one tier fares over the run."""
+    """How one target fares over the run."""
 
-    def __init__(self, tier: Tier, faults: Sequence[Fault]) -> None:
+    def __init__(self, gone: Spells, silent: Spells | None = None, slow: Spells | None = None) -> None:
+        self._gone, self._silent, self._slow = gone, silent or Spells(()), slow or Spells(())
+
+    @classmethod
+    def of(cls, tier: Tier, faults: Sequence[Fault]) -> Weather:
+        """What faults do to a tier."""
         gone: list[tuple[float, float]] = []
         silent: list[tuple[float, float]] = []
         slow: list[tuple[float, float]] = []
@@ -87,7 +92,7 @@ class Weather:
                 noticed = min(span[0] + NOTICE_S, span[1])
                 silent.append((span[0], noticed))
                 gone.append((noticed, span[1]))
-        self._gone, self._silent, self._slow = Spells(gone), Spells(silent), Spells(slow)
+        return cls(Spells(gone), Spells(silent), Spells(slow))
 
     def gone(self, now: float) -> bool:
         """It cannot be asked, and the daemon knows."""

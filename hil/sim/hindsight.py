@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from agent.config import Config, RoutingSection, UtilityWeights
-from agent.core.types import InferenceRequest
+from agent.core.types import InferenceRequest, LatencyClass
 from agent.registry.catalog import Family, Variant
 from agent.routing.decision import Decision, Play
-from agent.routing.router import Among, Router, Variants
+from agent.routing.router import Among, Router
 from agent.routing.utility import utility
+from agent.routing.walk import Variants
 from agent.targets.base import Target
 from hil.sim.strategies import Strategy
 
@@ -31,12 +32,15 @@ class Hindsight:
 
     def __init__(self, world: World, settings: RoutingSection) -> None:
         self._world = world
-        self._weights = UtilityWeights()
+        self._weights: Mapping[LatencyClass, UtilityWeights] = {
+            kind: getattr(settings.weights, kind.value) for kind in LatencyClass
+        }
         self._max_cost_usd = settings.max_cloud_cost
 
     def best(self, request: InferenceRequest, deadline: float) -> float:
         """Of the best single play if it began now; of being refused, if there is none."""
-        return max((one.worth for one in self.plays(request, deadline)), default=self.worth(False, True, 0.0, 0))
+        nothing = self.worth(request.latency_class, False, True, 0.0, 0)
+        return max((one.worth for one in self.plays(request, deadline)), default=nothing)
 
     def plays(self, request: InferenceRequest, deadline: float) -> Iterator[Foreseen]:
         """Every play that could begin now, and what it would be worth."""
@@ -55,13 +59,13 @@ class Hindsight:
                 comes = not target.weather.silent(now) and plan.took_s <= min(plan.lost_s, traits.timeout_s)
                 late = not comes or now + plan.took_s > deadline
                 right = comes and bool(world.samples[family.name].right[variant.id][sample])
-                worth = self.worth(right, late, traits.cost_usd, sent + received)
+                worth = self.worth(request.latency_class, right, late, traits.cost_usd, sent + received)
                 yield Foreseen(Play(traits.name, variant.id), variant, worth, plan.took_s)
 
-    def worth(self, right: bool, late: bool, cost_usd: float, bytes: int) -> float:
+    def worth(self, latency_class: LatencyClass, right: bool, late: bool, cost_usd: float, bytes: int) -> float:
         """Of what happened. Nothing came: neither right nor in time."""
         return utility(
-            self._weights,
+            self._weights[latency_class],
             accuracy=float(right),
             late=float(late),
             cost_usd=cost_usd,

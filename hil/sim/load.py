@@ -42,6 +42,9 @@ class Kind:
     priority: int = 5
     accuracy: AccuracyMode = AccuracyMode.ADAPTIVE
     allowed_regions: frozenset[str] = frozenset()
+    variant: str | None = None
+    max_retries: int = 5
+    use_cache: bool = False
 
 
 STANDARD: tuple[Kind, ...] = (

@@ -20,13 +20,13 @@ from agent.store.cache import CacheKey, Hit, ResultCache
 from agent.targets.base import Target
 from agent.telemetry.metrics import Metrics
 from hil.sim.answers import Samples
-from hil.sim.faults import Fault
+from hil.sim.faults import Fault, Weather
 from hil.sim.hindsight import Hindsight
 from hil.sim.load import Ask, Load
 from hil.sim.loop import VirtualClock, VirtualLoop, run_virtual
 from hil.sim.strategies import OURS, Strategy
 from hil.sim.tiers import Times
-from hil.sim.world import Place, World
+from hil.sim.world import Known, Place, World, places_of
 
 LOOK_EVERY = 100
 PATIENCE_S = 10.0
@@ -44,12 +44,23 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """One run's load and misfortunes. Equal scenarios give equal runs."""
+    """One run's load and misfortunes. Equal scenarios give equal runs. `load` may also be the requests themselves."""
 
-    load: Load
+    load: Load | Sequence[Ask]
     faults: Sequence[Fault] = ()
     seed: int = 1
     places: Sequence[Place] = ()
+    """None: those of the configuration."""
+    weather: Mapping[str, Weather] = field(default_factory=dict)
+    known: Mapping[tuple[str, str], Mapping[int, Known]] = field(default_factory=dict)
+    fresh_only: bool = True
+    """The cache never knows an input again."""
+
+    def asks(self, samples: Mapping[str, Samples]) -> Sequence[Ask]:
+        if not isinstance(self.load, Load):
+            return self.load
+        sizes = {name: len(found) for name, found in samples.items()}
+        return self.load.asks(sizes, np.random.default_rng([self.seed, 0]))
 
 
 class Course(NamedTuple):
@@ -96,8 +107,7 @@ async def _play(stage: Stage, scenario: Scenario, config: Config, strategy: Stra
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
     clock = VirtualClock(loop)
-    rng = np.random.default_rng([scenario.seed, 0])
-    asks = scenario.load.asks({name: len(samples) for name, samples in stage.samples.items()}, rng)
+    asks = scenario.asks(stage.samples)
     world = World(
         stage.catalog,
         stage.samples,
@@ -105,10 +115,12 @@ async def _play(stage: Stage, scenario: Scenario, config: Config, strategy: Stra
         clock,
         requests=max(1, len(asks)),
         seed=scenario.seed,
+        places=scenario.places or places_of(config, stage.catalog, clock),
         faults=scenario.faults,
-        places=scenario.places,
+        weather=scenario.weather,
+        known=scenario.known,
     )
-    player = _Player(world, config, strategy)
+    player = _Player(world, config, strategy, fresh_only=scenario.fresh_only)
     running: set[asyncio.Task[None]] = set()
     for ask in asks:
         await asyncio.sleep(ask.at_s - loop.time())
@@ -123,14 +135,15 @@ async def _play(stage: Stage, scenario: Scenario, config: Config, strategy: Stra
 class _Player:
     """The daemon without its doors, and the book of what became of each request."""
 
-    def __init__(self, world: World, config: Config, strategy: Strategy) -> None:
+    def __init__(self, world: World, config: Config, strategy: Strategy, *, fresh_only: bool) -> None:
         self._world = world
         self._strategy = strategy
         self._hindsight = Hindsight(world, config.routing)
         self._clock = world.clock
         targets: list[Target] = list(world.targets.values())
         self._router = strategy.router(targets, config, world)
-        cache = _Forgetful(config.fallback, None, world.catalog, world.clock)
+        kind = _Forgetful if fresh_only else ResultCache
+        cache = kind(config.fallback, None, world.catalog, world.clock)
         self._pipeline = Pipeline(world.catalog, self._router, cache, Metrics(), world.clock, config.routing)
         self._budgets_s = class_budgets(config.routing.latency_thresholds)
         self._run = Run()
@@ -149,7 +162,9 @@ class _Player:
             priority=kind.priority,
             producer=f"{kind.name}-{ask.sensor}",
             allowed_regions=kind.allowed_regions,
-            use_cache=False,
+            max_retries=kind.max_retries,
+            variant=kind.variant,
+            use_cache=kind.use_cache,
             accuracy=kind.accuracy,
         )
         await asyncio.sleep(float(self._world.own_s[ask.number]))
@@ -169,7 +184,7 @@ class _Player:
         took_s = self._clock.monotonic() - received
         spent = self._world.spent_bytes[ask.number]
         late = right is None or took_s > budget_s
-        got = self._hindsight.worth(bool(right), late, outcome.cost_usd, spent)
+        got = self._hindsight.worth(kind.latency_class, bool(right), late, outcome.cost_usd, spent)
         self._run.courses.append(Course(ask, budget_s, took_s, outcome, right, spent, got, best))
 
     def finished(self) -> Run:

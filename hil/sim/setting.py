@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from agent.config import Config
+from agent.config import CloudSection, Config, LaneSection
 from agent.config_load import load_config
-from agent.registry.catalog import load_catalog
+from agent.registry.catalog import Catalog, load_catalog
 from agent.registry.locate import catalog_path
 from hil.bench.report import CannotMeasure
 from hil.processes import StartError
-from hil.sim import tiers
+from hil.sim import stack, tiers
 from hil.sim.answers import run_models
 from hil.sim.play import Stage
 
@@ -52,9 +52,20 @@ def stage(args: argparse.Namespace) -> Stage:
     return Stage(catalog, run_models(catalog), tiers.load(args.times or tiers.MEASURED))
 
 
-def config(path: Path | None) -> Config:
-    """Of `--policy`: the daemon's defaults, if there is none. Raises `ConfigError`."""
-    return Config() if path is None else load_config(path)
+def config(path: Path | None, catalog: Catalog) -> Config:
+    """Of `--policy`: the daemon's defaults, if there is none. Where it has neither boards nor lanes, those of the
+    standard gateway: a board for each family and one cloud lane. Raises `ConfigError`."""
+    given = Config() if path is None else load_config(path)
+    if given.edge_mcu.ports or given.cloud.lanes:
+        return given
+    boards = tuple(f"/dev/edge-mcu{number}" for number in range(len(catalog.families)))
+    lane = LaneSection(name="gpu", broker="mqtt://cloud.invalid:1883", cost_per_request=stack.COST_USD)
+    return given.model_copy(
+        update={
+            "edge_mcu": given.edge_mcu.model_copy(update={"ports": boards}),
+            "cloud": CloudSection(lanes=(lane,)),
+        }
+    )
 
 
 def within(name: str, value: float, low: float, high: float) -> None:

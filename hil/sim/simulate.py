@@ -27,9 +27,10 @@ def _main(args: argparse.Namespace) -> int:
         misfortunes = faults.parse(args.faults, args.seconds)
     except ValueError as error:
         raise Misuse(f"--faults: {error}") from None
-    config = setting.config(args.policy)
+    stage = setting.stage(args)
+    config = setting.config(args.policy, stage.catalog)
     scenario = Scenario(Load(args.sensors, args.rate, args.seconds, args.arrivals), misfortunes, args.seed)
-    run = play(setting.stage(args), scenario, config, STRATEGIES[args.strategy])
+    run = play(stage, scenario, config, STRATEGIES[args.strategy])
     show(run)
     setting.write_json(args.json, {"scenario": _described(args), **document(run)})
     return setting.EXIT_OK

@@ -13,9 +13,11 @@ from agent.config import Config
 from agent.core.types import InferenceRequest, LatencyClass, Tier
 from agent.registry.catalog import Family, Variant
 from agent.registry.tensors import classify
+from agent.routing.budget import budget_of
 from agent.routing.decision import Decision
-from agent.routing.limits import AdaptiveLimit, Shares
-from agent.routing.router import Among, NoAnswer, Routed, Router, Variants
+from agent.routing.limits import limits_of
+from agent.routing.router import Among, Router
+from agent.routing.walk import NoAnswer, Routed, Variants
 from agent.targets.base import Target, TargetTraits
 
 if TYPE_CHECKING:
@@ -100,13 +102,13 @@ def _second_step(traits: TargetTraits, _variant: Variant) -> bool:
 
 
 def _router(targets: Sequence[Target], config: Config, world: World) -> Router:
-    overload = config.routing.overload
-    shares = Shares(overload.shares)
+    """The daemon's own."""
     return Router(
         targets,
         config.routing,
         world.clock,
-        limit_for=lambda traits: AdaptiveLimit(overload.limits, shares, traits.max_concurrent),
+        budgets=budget_of(config.budgets, config.cloud.lanes, None),
+        limit_for=limits_of(config.routing.overload),
     )
 
 

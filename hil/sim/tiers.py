@@ -121,10 +121,11 @@ def measure(samples: int) -> Times:
     catalog = load_catalog(catalog_path(None))
     with Stage() as stage:
         port = stack.start(stage, catalog)
-        return asyncio.run(_measure(port, catalog, samples))
+        return asyncio.run(ask_all(port, catalog, samples))
 
 
-async def _measure(port: int, catalog: Catalog, samples: int) -> Times:
+async def ask_all(port: int, catalog: Catalog, samples: int) -> Times:
+    """Of a daemon that runs. Raises `CannotMeasure`."""
     client = stack.Client(port)
     plays = [(family, variant) for family in catalog.families.values() for variant in family.variants.values()]
     replies: dict[str, list[Mapping[str, Any]]] = {variant.name: [] for _, variant in plays}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from agent.config import RoutingSection
+from agent.app import build_targets
+from agent.config import Config
 from agent.core.clock import Clock
 from agent.core.errors import TargetTimeout, TargetUnavailable
 from agent.core.types import InferenceRequest, TargetAnswer, Tier
@@ -51,25 +53,14 @@ class Place:
     serial: bool = False
 
 
-def standard_places(catalog: Catalog) -> tuple[Place, ...]:
-    """One board for each family, the gateway, one cloud lane: what `hil.sim.stack` starts, with the daemon's limits."""
-    sizes = RoutingSection().model_size_thresholds
-    boards = len(catalog.families)
-    mcu = TargetTraits("edge_mcu", Tier.EDGE_MCU, 0, 4 * boards, 0.05, sizes.edge_mcu * 1e6, parallel=boards)
-    gpu = TargetTraits("edge_gpu", Tier.EDGE_GPU, 10, 5, 0.2, sizes.edge_gpu * 1e6, parallel=2)
-    cloud = TargetTraits(
-        "cloud:gpu",
-        Tier.CLOUD_GPU,
-        20,
-        100,
-        5.0,
-        sizes.cloud * 1e6,
-        cost_usd=0.0004,
-        parallel=100,
-        prior_s=0.05,
-        metered=True,
-    )
-    return Place(mcu, 1, serial=True), Place(gpu, 2), Place(cloud, CLOUD_SERVERS)
+def places_of(config: Config, catalog: Catalog, clock: Clock) -> tuple[Place, ...]:
+    """A place for each target that the daemon would build of a configuration, with the traits it would have."""
+    servers = {Tier.EDGE_MCU: 1, Tier.EDGE_GPU: config.edge_gpu.workers}
+    places = []
+    for target in build_targets(config, catalog, clock):
+        tier = target.traits.tier
+        places.append(Place(target.traits, servers.get(tier, CLOUD_SERVERS), serial=tier is Tier.EDGE_MCU))
+    return tuple(places)
 
 
 class Plan(NamedTuple):
@@ -83,6 +74,14 @@ class Plan(NamedTuple):
     @property
     def took_s(self) -> float:
         return self.queue_s + self.service_s + self.link_s
+
+
+class Known(NamedTuple):
+    """An attempt on record: its times, or after how many seconds it failed."""
+
+    service_s: float
+    link_s: float
+    lost_s: float = math.inf
 
 
 @dataclass(slots=True)
@@ -116,7 +115,7 @@ class SimTarget:
         self._world = world
         self._queues: dict[str, _Queue] = {}
         self._variants: dict[tuple[str, str | None], tuple[Variant, ...]] = {}
-        self.weather = Weather(place.traits.tier, world.faults)
+        self.weather = world.weather.get(place.traits.name) or Weather.of(place.traits.tier, world.faults)
         self.sent = 0
 
     @property
@@ -150,7 +149,8 @@ class SimTarget:
         out_s = 0.0 if self.place.serial else link_s / 2
         queue_s = self._queue(variant).wait_s(now + out_s)
         lost_s = 0.0 if self.weather.gone(now) or self.weather.silent(now) else self.weather.lost_at(now) - now
-        return Plan(queue_s, service_s, link_s, lost_s)
+        known = self._world.known_of(self._traits.name, variant, number)
+        return Plan(queue_s, service_s, link_s, lost_s if known is None else min(lost_s, known.lost_s))
 
     async def infer(self, request: InferenceRequest, family: Family, variant: Variant, deadline: float) -> TargetAnswer:
         now = self._world.clock.monotonic()
@@ -213,13 +213,16 @@ class World:
     clock: Clock
     requests: int
     seed: int
+    places: Sequence[Place]
     faults: Sequence[Fault] = ()
-    places: Sequence[Place] = ()
+    weather: Mapping[str, Weather] = field(default_factory=dict)
+    """Of targets, by name, where it does not come of `faults`."""
+    known: Mapping[tuple[str, str], Mapping[int, Known]] = field(default_factory=dict)
+    """By target and variant: what is known to have become of requests there, by their number."""
     targets: dict[str, SimTarget] = field(init=False)
 
     def __post_init__(self) -> None:
-        places = self.places or standard_places(self.catalog)
-        self.targets = {place.traits.name: SimTarget(place, self) for place in places}
+        self.targets = {place.traits.name: SimTarget(place, self) for place in self.places}
         self._draws: dict[tuple[str, str], Draws] = {}
         self._bytes: dict[tuple[Tier, str], tuple[int, int]] = {}
         self._sample_of = {
@@ -238,12 +241,19 @@ class World:
     def draws(self, target: str, variant: Variant) -> Draws:
         found = self._draws.get((target, variant.name))
         if found is None:
-            times = self.times.variants[variant.name]
             place = f"{target} {variant.name}"
+            times = self.times.variants.get(place) or self.times.variants[variant.name]
             found = self._draws[target, variant.name] = Draws(
                 times.service.draw(self._uniform(f"{place} service")), times.link.draw(self._uniform(f"{place} link"))
             )
+            for number, known in self.known.get((target, variant.name), {}).items():
+                if known.lost_s == math.inf:
+                    found.service[number], found.link[number] = known.service_s, known.link_s
         return found
+
+    def known_of(self, target: str, variant: Variant, number: int) -> Known | None:
+        known = self.known.get((target, variant.name))
+        return None if known is None else known.get(number)
 
     def outputs(self, request: InferenceRequest, family: Family, variant: Variant) -> Mapping[str, Any]:
         """The real model's answer to the sample that the request holds."""

@@ -31,6 +31,14 @@ def refusal(tmp_path: Path, text: str | bytes, **environ: str) -> str:
 
 LANE = "cloud: {lanes: [{name: a, broker: 'mqtts://h', %s}]}"
 REFUSED = [
+    ("budgets: {usd_per_day: -1}", "budgets.usd_per_day: must be at least 0, found '-1'"),
+    ("budgets: {usd_per_week: 5}", "budgets.usd_per_week: unknown key"),
+    ("budgets: {usd_per_day: 5 USD}", "budgets.usd_per_day: must be a number without a unit"),
+    ("budgets: {bytes_per_day: 1.5}", "budgets.bytes_per_day: must be a whole number"),
+    ("budgets: {usd_per_day: true}", "budgets.usd_per_day: must be a number"),
+    ("budgets: {burst: 0}", "budgets.burst: must be greater than 0"),
+    (LANE % "budget: {burst: 1}", "cloud.lanes.0.budget.burst: unknown key"),
+    ("monitoring: {record: traces.jsonl}", "monitoring.record: must be absolute"),
     ("edge_mcu: {timeout: 50}", "edge_mcu.timeout: unknown key; did you mean timeout_ms?"),
     ("edge_mcu: {timeout_ms: 50ms}", "edge_mcu.timeout_ms: must be a number without a unit; the unit is in the name"),
     ("edge_mcu: {timeout_ms: 50ms}", "found '50ms'"),
@@ -71,7 +79,7 @@ REFUSED = [
         "edge_gpu: {providers: [rocm]}",
         "edge_gpu.providers.0: must be 'tensorrt', 'cuda' or 'cpu', found 'rocm'",
     ),
-    ("nonsense: {}", "nonsense: unknown key; allowed: cloud, edge_gpu, edge_mcu, fallback"),
+    ("nonsense: {}", "nonsense: unknown key; allowed: budgets, cloud, edge_gpu, edge_mcu, fallback"),
     ("edge_gpuu: {}", "edge_gpuu: unknown key; did you mean edge_gpu?"),
     ("routing: {breaker: {failure: 1}}", "routing.breaker.failure: unknown key; did you mean failures?"),
     (

@@ -50,12 +50,16 @@ class Spent:
 
     def __init__(self) -> None:
         self.spent: list[tuple[str, float]] = []
+        self.settled: list[tuple[float, int]] = []
 
     def objection(self, lane: str, cost_usd: float, bytes: int, priority: int, now: float) -> str:
         return ""
 
     def spend(self, lane: str, cost_usd: float, bytes: int, now: float) -> None:
         self.spent.append((lane, cost_usd))
+
+    def settle(self, receipt: None, cost_usd: float, bytes: int, now: float) -> None:
+        self.settled.append((cost_usd, bytes))
 
 
 class Pair:
