@@ -174,11 +174,11 @@ class Pipeline:
             if self.in_flight == 0:
                 self._idle.set()
         self._metrics.answered(result)
+        if request.out_of_range:
+            self._metrics.quality.out_of_range(request.model)
         story = self._stories.ended(request, result)
         if request.explain and story is not None:
             result = result._replace(explanation=story.to_dict())
-        if request.out_of_range:
-            self._metrics.quality.out_of_range(request.model)
         self._record(request, result)
         return result
 
@@ -194,7 +194,7 @@ class Pipeline:
                 return self._remembered(request, hit, known, (*request.notes, why))
         try:
             if self._shadow is not None:
-                await self._shadow.make_way()
+                await self._shadow.make_way(request.latency_class)
             answered, waited_s = await self.queue.run(
                 request,
                 lambda: self._cascade.run(request, family),

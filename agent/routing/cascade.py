@@ -16,7 +16,6 @@ from agent.config import AccuracySection
 from agent.core.types import AccuracyMode, InferenceRequest
 from agent.registry.catalog import Family, Variant
 from agent.registry.confidence import Classified, classified
-from agent.routing.decision import Decision
 from agent.routing.router import Among, NoAnswer, Routed, Router
 from agent.targets.base import TargetTraits
 
@@ -30,13 +29,12 @@ ESCALATED, HELD = "escalated", "held"
 @dataclass(slots=True)
 class Answered:
     """The answer to give, with the attempts, reasons and cost of both stages. `first` is what the first stage gave, by
-    `first_variant`; the answer itself where nothing was escalated. `decisions` has one for each stage."""
+    `first_variant`; the answer itself where nothing was escalated."""
 
     routed: Routed
     classified: Classified
     first: Classified
     first_variant: Variant
-    decisions: tuple[Decision, ...]
     escalation: str = ""
 
 
@@ -52,7 +50,7 @@ class Cascade:
         """Raises `NoAnswer`, if not even a first stage answered."""
         routed = await self._router.run(request, family, among=self._among(request))
         found = classified(routed.answer.outputs, family, routed.variant)
-        held = Answered(routed, found, found, routed.variant, (routed.decision,))
+        held = Answered(routed, found, found, routed.variant)
         if found.sure or request.variant is not None or request.accuracy is not AccuracyMode.ADAPTIVE:
             return held
         try:
@@ -109,7 +107,6 @@ def _held(held: Answered, failure: NoAnswer, why: str) -> Answered:
     answered = _with(held, HELD, (f"{why}; no more accurate variant answered", *failure.reasons))
     answered.routed.attempts += failure.attempts
     answered.routed.cost_usd += failure.cost_usd
-    answered.decisions += (failure.decision,)
     return answered
 
 
@@ -122,8 +119,7 @@ def _after(held: Answered, second: Routed, why: str, found: Classified) -> Answe
         reasons=(*first.reasons, why, *second.reasons),
         cost_usd=first.cost_usd + second.cost_usd,
     )
-    decisions = (*held.decisions, second.decision)
-    return Answered(routed, found, held.first, held.first_variant, decisions, ESCALATED)
+    return Answered(routed, found, held.first, held.first_variant, ESCALATED)
 
 
 def _sureness(held: Answered) -> str:

@@ -82,12 +82,12 @@ class Router:
             self._complexities[family.name] = grade
         return grade
 
-    def lanes(self) -> list[tuple[TargetTraits, int, int]]:
-        """Cloud targets that can be asked now: what they are, attempts in flight, and how many may be where nobody is
-        waiting for the answer."""
+    def lanes(self, latency_class: LatencyClass) -> list[tuple[TargetTraits, int, int]]:
+        """Cloud targets that can be asked now: what they are, attempts in flight, and how many leave room for one of
+        that class."""
         now = self._clock.monotonic()
         return [
-            (state.traits, state.in_flight, state.limit.limit(now, LatencyClass.BATCH))
+            (state.traits, state.in_flight, state.limit.limit(now, latency_class))
             for state in self._states.values()
             if state.traits.tier.is_cloud and state.target.availability().available
         ]
@@ -249,8 +249,6 @@ def _facts(state: TargetState, latency_class: LatencyClass, now: float) -> _Fact
     availability, breaker = state.target.availability(), state.breaker
     if availability.available and not state.was_available:
         breaker.came_back(now)
-        for record in state.records.values():
-            record.came_back()
     state.was_available = availability.available
     return _Facts(
         "" if availability.available else availability.reason or "unavailable",
@@ -269,9 +267,9 @@ def _candidate(
     now: float,
 ) -> Candidate:
     traits, in_flight = state.traits, state.in_flight
-    accuracy = state.accuracy_of(variant)
-    if asking.request.accuracy is AccuracyMode.ADAPTIVE and asking.request.variant is None:
-        accuracy = min(1.0, accuracy + variant.cascade_gain)  # of a cascade that begins with it
+    request, accuracy = asking.request, state.accuracy_of(variant)
+    if request.accuracy is AccuracyMode.ADAPTIVE and request.variant is None:
+        accuracy = min(1.0, accuracy + variant.cascade_gain)
     estimate = record.estimate(now, in_flight, traits.parallel, traits.cost_usd, accuracy)
     unavailable, broken, limit = facts
     return Candidate(

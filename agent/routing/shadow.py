@@ -113,16 +113,16 @@ class Shadow:
         self._arrived.set()
 
     def _room(self) -> bool:
-        return any(_half_free(in_flight, limit) for _, in_flight, limit in self._router.lanes())
+        return any(_half_free(in_flight, limit) for _, in_flight, limit in self._router.lanes(LatencyClass.BATCH))
 
     def _affordable(self, now: float) -> bool:
         self._money.take(0.0, now)
-        return any(traits.cost_usd <= self._money.left for traits, _, _ in self._router.lanes())
+        return any(traits.cost_usd <= self._money.left for traits, _, _ in self._router.lanes(LatencyClass.BATCH))
 
-    async def make_way(self) -> None:
-        """Give up the sample that is being asked if it takes a place that a request may need."""
+    async def make_way(self, latency_class: LatencyClass) -> None:
+        """Give up the sample that is being asked if it takes a place that a request of that class may need."""
         task = self._asking
-        if task is None or all(in_flight < limit for _, in_flight, limit in self._router.lanes()):
+        if task is None or all(in_flight < limit for _, in_flight, limit in self._router.lanes(latency_class)):
             return
         self.counters["gave_way"] += 1
         task.cancel()
@@ -169,7 +169,7 @@ class Shadow:
         self._money.take(0.0, now)
         free = {
             traits.name
-            for traits, in_flight, limit in self._router.lanes()
+            for traits, in_flight, limit in self._router.lanes(LatencyClass.BATCH)
             if _half_free(in_flight, limit) and traits.cost_usd <= self._money.left
         }
 

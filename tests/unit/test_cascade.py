@@ -61,7 +61,6 @@ async def test_an_answer_that_is_not_sure_is_asked_of_the_most_accurate(tiers: T
     assert outcomes(answered.routed.attempts) == [("edge_gpu", "ok"), ("cloud_gpu", "ok")]
     assert answered.routed.cost_usd == pytest.approx(0.001)
     assert any(f"confidence 0.700 is below {THRESHOLD:.3f}" in reason for reason in answered.routed.reasons)
-    assert len(answered.decisions) == 2
 
 
 async def test_from_the_board_the_gateway_is_passed_over(tiers: Tiers, clock: ManualClock) -> None:

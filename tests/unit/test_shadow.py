@@ -143,14 +143,14 @@ async def test_a_sample_makes_way_for_a_request(rig: Rig) -> None:
     working = asyncio.create_task(rig.shadow.next())
     async with asyncio.timeout(PATIENCE_S):
         await rig.tiers.cloud.begun.wait()
-    await rig.shadow.make_way()
+    await rig.shadow.make_way(LatencyClass.NEAR)
     assert rig.tiers.cloud.running == 1  # there is room: nobody has to give way
     request = make_request(rig.clock, 100_000, variant="large")
     real = [asyncio.create_task(rig.tiers.router.run(request, rig.tiers.family)) for _ in range(3)]
     for _ in range(20):
         await asyncio.sleep(0)
     assert rig.tiers.cloud.running == 4
-    await rig.shadow.make_way()
+    await rig.shadow.make_way(LatencyClass.NEAR)
     assert rig.tiers.cloud.running == 3
     assert rig.count["gave_way"] == 1
     async with asyncio.timeout(PATIENCE_S):
