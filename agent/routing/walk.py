@@ -168,7 +168,9 @@ class Walk:
         until = self._end
         reserve_s = self._reserve_s(following, now) if self._tries_left() > 1 else 0.0
         if reserve_s:
-            until = min(until, max(until - reserve_s, now + state.estimate(variant, now).p95_s))
+            # One in twenty takes longer than its p95 by definition: those are not to be cut off for that alone.
+            least_s = state.estimate(variant, now).p95_s + self._grace_s(now)
+            until = min(until, max(until - reserve_s, now + least_s))
         return Side(state, variant, self._bounded(state, until, now))
 
     def _reserve_s(self, following: Sequence[Play], now: float) -> float:
@@ -180,8 +182,11 @@ class Walk:
         ]
         if not others:
             return 0.0
-        share = RESERVE_SHARE * (self._end - now)
-        return max(RESERVE_FACTOR * min(others), share) + min(GRACE_S, share)
+        return max(RESERVE_FACTOR * min(others), RESERVE_SHARE * (self._end - now)) + self._grace_s(now)
+
+    def _grace_s(self, now: float) -> float:
+        """What an attempt may overrun by, and what it is given beyond its p95."""
+        return min(GRACE_S, RESERVE_SHARE * (self._end - now))
 
     def _bounded(self, state: TargetState, until: float, now: float | None = None) -> float:
         """By what any single attempt on the target may take."""

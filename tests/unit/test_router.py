@@ -178,7 +178,7 @@ async def test_the_first_gets_what_it_usually_takes_even_so(family: Family, cloc
     gpu, mcu = FakeTarget(GPU, prior_s=0.030), FakeTarget(MCU, prior_s=0.080)
     request = make_request(clock, 100)
     await Router([gpu, mcu], SETTINGS, clock).run(request, family)
-    assert given_s(gpu, request) == pytest.approx(COLD_SPREAD * 0.030)
+    assert given_s(gpu, request) == pytest.approx(COLD_SPREAD * 0.030 + GRACE_S)
 
 
 @pytest.mark.parametrize(("traits", "changes"), [({"timeout_s": 0.02}, {}), ({}, {"timeout_ms": 20.0})])
