@@ -16,17 +16,19 @@ from agent.config import Config
 from agent.config_load import load_config
 from agent.core.clock import Clock, SystemClock
 from agent.core.errors import ConfigError, InferenceError, LinkError
-from agent.core.types import InferenceRequest, InferenceResult
+from agent.core.types import AccuracyMode, InferenceRequest, InferenceResult
 from agent.ingress.http import create_app
 from agent.ingress.http_server import HttpServer
 from agent.ingress.mqtt import MqttDoor
 from agent.pipeline import Pipeline
+from agent.registry.accuracy import Accuracies, Alarm
 from agent.registry.catalog import Catalog, load_catalog
 from agent.registry.locate import catalog_path
 from agent.routing.admission import Admission
 from agent.routing.budget import budget_of
 from agent.routing.limits import limits_of
 from agent.routing.router import Router
+from agent.routing.shadow import Shadow
 from agent.runtimes.base import RuntimeUnavailable
 from agent.sdnotify import Notifier
 from agent.store.budget_file import BudgetFile
@@ -101,21 +103,38 @@ class App:
         self.budget = budget_of(config.budgets, config.cloud.lanes, self.budget_file)
         self.trace = build_trace(config, catalog, self.targets, clock)
         self.stories = Stories(config.routing.explain_last, clock, self.trace)
+        self.accuracies = Accuracies(catalog, config.drift, config.gateway.state_dir / "accuracy.json")
         self.router = Router(
             self.targets,
             config.routing,
             clock,
             budgets=self.budget,
+            accuracy_of=self.accuracies.accuracy_of,
+            floor_of=lambda _: config.accuracy.floor,
             limit_for=limits_of(config.routing.overload),
             watcher=self.stories.routed,
         )
+        self.shadow = Shadow(self.router, self.accuracies, config.shadow, clock)
         self.cache = ResultCache(config.fallback, config.gateway.state_dir / "cache.sqlite", catalog, clock)
-        self.pipeline = Pipeline(catalog, self.router, self.cache, self.metrics, clock, config.routing, self.stories)
+        self.pipeline = Pipeline(
+            catalog,
+            self.router,
+            self.cache,
+            self.metrics,
+            clock,
+            config.routing,
+            accuracy=config.accuracy,
+            accuracy_of=self.accuracies.accuracy_of,
+            shadow=self.shadow,
+            stories=self.stories,
+        )
         slowest_ms = max((lane.timeout_ms for lane in config.cloud.lanes), default=config.edge_gpu.timeout_ms)
-        self.admission = Admission(catalog, config.routing, clock, slowest_ms / 1e3)
+        mode = AccuracyMode(config.accuracy.mode)
+        self.admission = Admission(catalog, config.routing, clock, slowest_ms / 1e3, mode)
         self.http = HttpServer(create_app(self, self.metrics, config.http, self.recent), config.http)
         self.mqtt = self._mqtt_door() if config.mqtt.enabled else None
         self.metrics.watch(self.status)
+        self.accuracies.listeners.append(self._show_drift)
         self._lag_s = 0.0
         self._stopping = asyncio.Event()
 
@@ -155,6 +174,8 @@ class App:
             "reason": reason,
             "targets": targets,
             "budgets": [] if self.budget is None else self.budget.left(self._clock.monotonic()),
+            "models": self._models(),
+            "shadow": self.shadow.status(),
             "overload": self.pipeline.queue.status(),
             "cache": self.cache.stats(),
             "counters": self.metrics.counters(),
@@ -169,6 +190,13 @@ class App:
 
     def explain(self, request_id: str) -> Mapping[str, Any] | None:
         return self.stories.explain(request_id)
+
+    def _models(self) -> dict[str, dict[str, Any]]:
+        """By `family/variant`: what it answered, how sure it was, and whether the cloud agrees."""
+        shown: dict[str, dict[str, Any]] = self.metrics.quality.status()
+        for name, drift in self.accuracies.status().items():
+            shown.setdefault(name, {})["drift"] = drift
+        return shown
 
     def _parts(self) -> list[dict[str, Any]]:
         """The doors and the store as components."""
@@ -196,6 +224,7 @@ class App:
     async def start(self) -> None:
         """Open the store, connect the targets, then open the doors. Raises `ConfigError` if that is impossible."""
         self.cache.open()
+        self.accuracies.load()
         if self.trace is not None:
             self.trace.start()
         if self.budget is not None:
@@ -208,6 +237,10 @@ class App:
         self._warm_up()
         self.supervisor.spawn("load", self._sample_load, stall_s=STALL_S + self._config.monitoring.sample_interval_s)
         self.supervisor.spawn("loop", self._heartbeat, stall_s=STALL_S)
+        if self._config.shadow.rate:
+            self.supervisor.spawn("shadow", self._ask_shadows)
+            for state in self.accuracies.states():
+                self._show_drift(state)
         if self._config.http.enabled:
             port = await self.http.start()
             log.info("http door open", extra={"host": self._config.http.host, "port": port})
@@ -260,6 +293,14 @@ class App:
             trouble = "; ".join(filter(None, (self.budget.problem, self.budget_file.alarm)))
             component.set(ComponentState.DEGRADED if trouble else ComponentState.UP, trouble)
             await asyncio.sleep(HEARTBEAT_S)
+
+    def _show_drift(self, alarm: Alarm) -> None:
+        if self.mqtt:
+            self.mqtt.keep(f"alarms/drift/{alarm.variant.name}", alarm.to_dict())
+
+    async def _ask_shadows(self, component: Component) -> None:
+        component.set(ComponentState.UP)
+        await self.shadow.work()
 
     async def _heartbeat(self, component: Component) -> None:
         """Turns with the loop and measures how late it does."""

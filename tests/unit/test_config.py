@@ -144,6 +144,8 @@ SENSOR_DEFAULTS = {
     "scale": 1,
     "qos": 1,
     "use_cache": True,
+    "accuracy": None,
+    "shadow": True,
     "allowed_regions": (),
 }
 FULL = """
