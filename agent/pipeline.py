@@ -66,7 +66,7 @@ class Pipeline:
     ) -> None:
         self._catalog = catalog
         self._router = router
-        self._cascade = Cascade(router, accuracy or AccuracySection(), accuracy_of)
+        self._cascade = Cascade(router, accuracy or AccuracySection(), clock, accuracy_of)
         self._shadow = shadow
         self._cache = cache
         self._metrics = metrics
