@@ -99,11 +99,11 @@ class App:
         self.supervisor = Supervisor(clock)
         self.load = LoadSampler()
         self.targets = build_targets(config, catalog, clock)
+        self.accuracies = Accuracies(catalog, config.drift, config.gateway.state_dir / "accuracy.json")
         self.budget_file = BudgetFile(config.gateway.state_dir / "budgets.json")
         self.budget = budget_of(config.budgets, config.cloud.lanes, self.budget_file)
         self.trace = build_trace(config, catalog, self.targets, clock)
         self.stories = Stories(config.routing.explain_last, clock, self.trace)
-        self.accuracies = Accuracies(catalog, config.drift, config.gateway.state_dir / "accuracy.json")
         self.router = Router(
             self.targets,
             config.routing,
@@ -123,10 +123,10 @@ class App:
             self.metrics,
             clock,
             config.routing,
+            self.stories,
             accuracy=config.accuracy,
             accuracy_of=self.accuracies.accuracy_of,
             shadow=self.shadow,
-            stories=self.stories,
         )
         slowest_ms = max((lane.timeout_ms for lane in config.cloud.lanes), default=config.edge_gpu.timeout_ms)
         mode = AccuracyMode(config.accuracy.mode)
@@ -173,9 +173,9 @@ class App:
             "ready": ready,
             "reason": reason,
             "targets": targets,
-            "budgets": [] if self.budget is None else self.budget.left(self._clock.monotonic()),
             "models": self._models(),
             "shadow": self.shadow.status(),
+            "budgets": [] if self.budget is None else self.budget.left(self._clock.monotonic()),
             "overload": self.pipeline.queue.status(),
             "cache": self.cache.stats(),
             "counters": self.metrics.counters(),
@@ -188,15 +188,15 @@ class App:
             "load": {**self.load.latest, "loop_lag_ms": round(self._lag_s * 1e3, 3)},
         }
 
-    def explain(self, request_id: str) -> Mapping[str, Any] | None:
-        return self.stories.explain(request_id)
-
     def _models(self) -> dict[str, dict[str, Any]]:
         """By `family/variant`: what it answered, how sure it was, and whether the cloud agrees."""
         shown: dict[str, dict[str, Any]] = self.metrics.quality.status()
         for name, drift in self.accuracies.status().items():
             shown.setdefault(name, {})["drift"] = drift
         return shown
+
+    def explain(self, request_id: str) -> Mapping[str, Any] | None:
+        return self.stories.explain(request_id)
 
     def _parts(self) -> list[dict[str, Any]]:
         """The doors and the store as components."""
@@ -285,6 +285,14 @@ class App:
             component.set(ComponentState.UP)
             await asyncio.sleep(self._config.monitoring.sample_interval_s)
 
+    def _show_drift(self, alarm: Alarm) -> None:
+        if self.mqtt:
+            self.mqtt.keep(f"alarms/drift/{alarm.variant.name}", alarm.to_dict())
+
+    async def _ask_shadows(self, component: Component) -> None:
+        component.set(ComponentState.UP)
+        await self.shadow.work()
+
     async def _keep_budget(self, component: Component) -> None:
         """Writes what is used now and then, and says when that does not work."""
         assert self.budget is not None
@@ -293,14 +301,6 @@ class App:
             trouble = "; ".join(filter(None, (self.budget.problem, self.budget_file.alarm)))
             component.set(ComponentState.DEGRADED if trouble else ComponentState.UP, trouble)
             await asyncio.sleep(HEARTBEAT_S)
-
-    def _show_drift(self, alarm: Alarm) -> None:
-        if self.mqtt:
-            self.mqtt.keep(f"alarms/drift/{alarm.variant.name}", alarm.to_dict())
-
-    async def _ask_shadows(self, component: Component) -> None:
-        component.set(ComponentState.UP)
-        await self.shadow.work()
 
     async def _heartbeat(self, component: Component) -> None:
         """Turns with the loop and measures how late it does."""

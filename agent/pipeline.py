@@ -58,15 +58,15 @@ class Pipeline:
         metrics: Metrics,
         clock: Clock,
         settings: RoutingSection,
+        stories: Stories | None = None,
         *,
         accuracy: AccuracySection | None = None,
         accuracy_of: AccuracyOf = of_the_catalogue,
         shadow: Shadow | None = None,
-        stories: Stories | None = None,
     ) -> None:
         self._catalog = catalog
         self._router = router
-        self._cascade = Cascade(router, accuracy or AccuracySection(), accuracy_of)
+        self._cascade = Cascade(router, accuracy or AccuracySection(), clock, accuracy_of)
         self._shadow = shadow
         self._cache = cache
         self._metrics = metrics
@@ -174,11 +174,11 @@ class Pipeline:
             if self.in_flight == 0:
                 self._idle.set()
         self._metrics.answered(result)
+        if request.out_of_range:
+            self._metrics.quality.out_of_range(request.model)
         story = self._stories.ended(request, result)
         if request.explain and story is not None:
             result = result._replace(explanation=story.to_dict())
-        if request.out_of_range:
-            self._metrics.quality.out_of_range(request.model)
         self._record(request, result)
         return result
 

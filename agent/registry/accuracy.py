@@ -5,7 +5,8 @@ share, is as often right as it was on the held-out data. With g the share that a
 
     observed = g x right_if_agreed + (1 - g) x right_if_not
 
-which is the catalogue's accuracy when g is the held-out agreement. n samples move the catalogue's figure, which stands
+which is the catalogue's accuracy when g is the held-out agreement; it is never taken to be above the reference's own,
+for agreeing with it cannot show that. n samples move the catalogue's figure, which stands
 on n0 (at most the window), towards the observed one: (n0 x catalogue + n x observed) / (n0 + n). While there is an
 alarm the catalogue's figure no longer counts.
 
@@ -66,6 +67,8 @@ class _Watched:
     calibration: Calibration
     cascade: Cascade
     agreed: deque[bool]
+    limit: float
+    """The reference's accuracy."""
     alarm: bool = False
     accuracy: float = 0.0
     band_low: float = field(default=0.0)
@@ -85,15 +88,17 @@ class Accuracies:
             for variant in family.variants.values():
                 calibration = variant.calibration
                 if calibration is not None and calibration.cascade is not None:
-                    self._watch(variant, calibration, calibration.cascade)
+                    reference = family.variants[calibration.cascade.reference]
+                    self._watch(variant, calibration, calibration.cascade, reference.accuracy.value)
 
-    def _watch(self, variant: Variant, calibration: Calibration, cascade: Cascade) -> None:
+    def _watch(self, variant: Variant, calibration: Calibration, cascade: Cascade, limit: float) -> None:
         low, _ = wilson(cascade.agreement * calibration.samples, calibration.samples)
         self._watched[variant.name] = _Watched(
             variant,
             calibration,
             cascade,
             deque(maxlen=self._settings.window),
+            limit,
             accuracy=variant.accuracy.value,
             band_low=max(0.0, low - self._settings.margin),
         )
@@ -123,6 +128,7 @@ class Accuracies:
             return
         agreement = sum(watched.agreed) / samples
         observed = agreement * cascade.right_if_agreed + (1.0 - agreement) * cascade.right_if_not
+        observed = min(observed, max(watched.limit, watched.variant.accuracy.value))
         prior = 0 if watched.alarm else min(watched.calibration.samples, self._settings.window)
         recorded = watched.variant.accuracy.value
         watched.accuracy = (prior * recorded + samples * observed) / (prior + samples)

@@ -13,38 +13,41 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from agent.config import AccuracySection
+from agent.core.clock import Clock
 from agent.core.types import AccuracyMode, InferenceRequest
 from agent.registry.catalog import Family, Variant
 from agent.registry.confidence import Classified, classified
-from agent.routing.decision import Decision
 from agent.routing.router import Among, NoAnswer, Routed, Router
 from agent.targets.base import TargetTraits
 
 log = logging.getLogger(__name__)
 
-HOLD_S = 0.002
-"""An escalation ends this long before the deadline: the held answer has to be returned then."""
+HOLD_SHARE, HOLD_MIN_S, HOLD_MAX_S = 0.05, 0.001, 0.02
+"""An escalation ends before the deadline, by this share of what was left and within these bounds: the held answer has
+to be returned then, also by a machine that is busy."""
 ESCALATED, HELD = "escalated", "held"
 
 
 @dataclass(slots=True)
 class Answered:
     """The answer to give, with the attempts, reasons and cost of both stages. `first` is what the first stage gave, by
-    `first_variant`; the answer itself where nothing was escalated. `decisions` has one for each stage."""
+    `first_variant`; the answer itself where nothing was escalated."""
 
     routed: Routed
     classified: Classified
     first: Classified
     first_variant: Variant
-    decisions: tuple[Decision, ...]
     escalation: str = ""
 
 
 class Cascade:
     """Runs one request in its mode. `accuracy_of` says what share of a variant's answers is right."""
 
-    def __init__(self, router: Router, settings: AccuracySection, accuracy_of: Callable[[Variant], float]) -> None:
+    def __init__(
+        self, router: Router, settings: AccuracySection, clock: Clock, accuracy_of: Callable[[Variant], float]
+    ) -> None:
         self._router = router
+        self._clock = clock
         self._floor = settings.floor
         self._accuracy_of = accuracy_of
 
@@ -52,7 +55,7 @@ class Cascade:
         """Raises `NoAnswer`, if not even a first stage answered."""
         routed = await self._router.run(request, family, among=self._among(request))
         found = classified(routed.answer.outputs, family, routed.variant)
-        held = Answered(routed, found, found, routed.variant, (routed.decision,))
+        held = Answered(routed, found, found, routed.variant)
         if found.sure or request.variant is not None or request.accuracy is not AccuracyMode.ADAPTIVE:
             return held
         try:
@@ -82,8 +85,9 @@ class Cascade:
             why = _sureness(held)
             retries = max(0, request.max_retries - len(held.routed.attempts) + 1)
             again = replace(request, accuracy=AccuracyMode.HIGH, max_retries=retries)
+            hold_s = min(HOLD_MAX_S, max(HOLD_MIN_S, HOLD_SHARE * (request.deadline - self._clock.monotonic())))
             try:
-                deadline = request.deadline - HOLD_S
+                deadline = request.deadline - hold_s
                 second = await self._router.run(again, family, among=_better(held.routed), deadline=deadline)
             except NoAnswer as failure:
                 return _held(held, failure, why)
@@ -109,7 +113,6 @@ def _held(held: Answered, failure: NoAnswer, why: str) -> Answered:
     answered = _with(held, HELD, (f"{why}; no more accurate variant answered", *failure.reasons))
     answered.routed.attempts += failure.attempts
     answered.routed.cost_usd += failure.cost_usd
-    answered.decisions += (failure.decision,)
     return answered
 
 
@@ -122,8 +125,7 @@ def _after(held: Answered, second: Routed, why: str, found: Classified) -> Answe
         reasons=(*first.reasons, why, *second.reasons),
         cost_usd=first.cost_usd + second.cost_usd,
     )
-    decisions = (*held.decisions, second.decision)
-    return Answered(routed, found, held.first, held.first_variant, decisions, ESCALATED)
+    return Answered(routed, found, held.first, held.first_variant, ESCALATED)
 
 
 def _sureness(held: Answered) -> str:

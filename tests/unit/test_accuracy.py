@@ -62,6 +62,12 @@ def test_accuracy_stays_a_share_and_rises_with_agreement(outcomes: list[bool]) -
     assert 0 <= watch.accuracy <= better.accuracy <= 1
 
 
+def test_agreeing_with_the_reference_shows_nobody_to_be_better_than_it() -> None:
+    watch = Watch()
+    watch.see(1000)
+    assert watch.accuracy == pytest.approx((200 * 0.93 + 200 * 0.99) / 400)
+
+
 def test_what_is_not_watched_is_not_counted() -> None:
     watch = Watch()
     watch.accuracies.observe(watch.large, False)
