@@ -9,8 +9,8 @@ Everything is kept for each variant on each target. `docs/routing.md` explains t
     p95             p50 + sqrt(dl^2 + ds^2 + ahead x (ds / parallel)^2), dl and ds being p95 - p50 of link and service:
                     variances of independent parts add
     few samples     below `ENOUGH` samples p95 is at least p50 x SPREAD^(1 - samples / ENOUGH)
-    staleness       w = 2^-(max(0, age - FRESH_S) / HALF_LIFE_S); p50 = p50^w x cold^(1 - w); p95 / p50 grows by
-                    SPREAD^(1 - w)
+    staleness       w = 2^-(max(0, age - FRESH_S) / HALF_LIFE_S); p50 = p50^w x cold^(1 - w), and p95 / p50 in the same
+                    way draws near to SPREAD
     success         mean of a Beta posterior over outcomes that count half after `OUTCOME_HALF_LIFE_S`
     link            rtt + bytes x s_per_byte, by Theil and Sen over the variants that were measured on the target
 
@@ -236,6 +236,12 @@ class TrackRecord:
         self._timed_out_at = now
         self._kept = None
 
+    def came_back(self) -> None:
+        """The target was away and is there again: that it failed while it went is no reason to distrust it now."""
+        self._outcomes = Outcomes()
+        self._timed_out_at = -inf
+        self._kept = None
+
     def link_point(self, now: float) -> tuple[int, float] | None:
         """Bytes and the median of link times, for the target's line; None if nothing was measured lately."""
         if now - self._link.newest > MAX_AGE_S:
@@ -279,7 +285,7 @@ class TrackRecord:
                 spread = p95_s / p50_s if p50_s > 0 else 1.0
                 moved = (cold_s / p50_s) ** (1.0 - weight) if p50_s > 0 else 1.0
                 service_s, wait_s, link_s, p50_s = service_s * moved, wait_s * moved, link_s * moved, p50_s * moved
-                p95_s = p50_s * spread * SPREAD ** (1.0 - weight)
+                p95_s = p50_s * spread**weight * SPREAD ** (1.0 - weight)
             else:
                 service_s, wait_s, link_s = cold.service_s, cold_wait_s, cold.link_s
                 p50_s, p95_s = cold_s, cold_s * SPREAD

@@ -9,7 +9,8 @@ utility:
     less right  below what the request's `accuracy` asks for
 
 Within a group each target's best play comes before any target's second one. What was chosen last for such a request
-stays first while it is in the best group and nothing is worth `hysteresis` more; and a play that was not asked for long
+stays first while it is in the best group, nothing is worth `hysteresis` more, and it is as good in accuracy and money;
+and a play that was not asked for long
 may be put first as a probe. `docs/routing.md` works an example by hand.
 """
 
@@ -58,6 +59,8 @@ SURE = MIN_SPREAD**3
 """Times the median: with less spread than `MIN_SPREAD`, what takes that long is not late (`utility.late`)."""
 AT_RISK, TOO_DEAR, BACKUP, LESS_RIGHT = 8, 4, 2, 1
 """What a group is the sum of; the lower the better."""
+STEADY = 0.001
+"""Utility from accuracy and money that hysteresis may give away."""
 _WHY = {
     AT_RISK: "is not sure to be in time",
     TOO_DEAR: "costs too much",
@@ -212,15 +215,21 @@ class Policy:
         return f"{_told(first)}; {rival}{behind}"
 
     def _kept(self, question: Question, possible: Sequence[_Ranked]) -> _Ranked | None:
-        """What was chosen last, if the best is not better by enough."""
+        """What was chosen last, if the best is not better by enough, and only by what comes and goes: nobody pays, or
+        takes worse answers, for the sake of not changing."""
         best, previous = possible[0], question.previous
         if previous is None or previous == (best[3], best[5]):
             return None
         for ranked in possible:
             if ranked[5] == previous.variant and ranked[3] == previous.target:
-                near = ranked[1] - best[1] < self._settings.hysteresis
-                return ranked if near and ranked[0] == best[0] else None
+                near = ranked[0] == best[0] and ranked[1] - best[1] < self._settings.hysteresis
+                return ranked if near and self._as_good(question, ranked[6], best[6]) else None
         return None
+
+    def _as_good(self, question: Question, kept: Candidate, best: Candidate) -> bool:
+        """In accuracy and money, which do not come and go."""
+        ours, theirs = self._terms(question, kept), self._terms(question, best)
+        return ours["accuracy"] + ours["cost"] >= theirs["accuracy"] + theirs["cost"] - STEADY
 
     def _probe(self, question: Question, possible: Sequence[_Ranked]) -> _Ranked | None:
         """The play of the best group that is to be tried because nothing is known of it any more: passed over often

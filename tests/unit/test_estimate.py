@@ -133,7 +133,7 @@ def test_what_was_measured_long_ago_draws_near_to_the_first_guess_and_gets_wider
     record = seen(*[0.079] * ENOUGH)  # 80 ms, where 5 ms would be assumed
     assert record.estimate(FRESH_S, 0, 1).p50_s == record.estimate(0.0, 0, 1).p50_s == pytest.approx(0.080)
     old = record.estimate(FRESH_S + HALF_LIFE_S, 0, 1)
-    assert old.p50_s == pytest.approx(math.sqrt(0.080 * 0.005))
+    assert old.link_s + old.service_s == pytest.approx(old.p50_s) == pytest.approx(math.sqrt(0.080 * 0.005))
     assert old.p95_s / old.p50_s == pytest.approx(math.sqrt(SPREAD))
     older = record.estimate(FRESH_S + 2 * HALF_LIFE_S, 0, 1)
     assert older.p50_s == pytest.approx(0.080**0.25 * 0.005**0.75)
@@ -144,11 +144,28 @@ def test_what_was_measured_long_ago_draws_near_to_the_first_guess_and_gets_wider
 
 
 @given(age=st.floats(0, 400), more=st.floats(0, 400), fast=st.booleans())
-def test_age_never_narrows(age: float, more: float, fast: bool) -> None:
+def test_age_never_narrows_what_is_narrower_than_nothing_known(age: float, more: float, fast: bool) -> None:
     record = seen(*([0.001] if fast else [0.5]) * ENOUGH)
     young = record.estimate(age, 0, 1)
     old = record.estimate(age + max(more, KEEP_S), 0, 1)
     assert old.p95_s / old.p50_s >= young.p95_s / young.p50_s * (1 - 1e-9)
+
+
+def test_a_long_tail_is_forgiven_in_time() -> None:
+    record = seen(*[0.004] * 15, *[0.4] * 5)
+    assert record.estimate(0.0, 0, 1).p95_s == pytest.approx(0.401)
+    old = record.estimate(FRESH_S + 4 * HALF_LIFE_S, 0, 1)
+    assert old.p95_s / old.p50_s == pytest.approx((0.401 / 0.005) ** (1 / 16) * SPREAD ** (15 / 16))
+
+
+def test_a_target_that_came_back_is_not_held_to_what_it_did_while_it_went() -> None:
+    record = seen(*[0.002] * ENOUGH)
+    for _ in range(5):
+        record.observe_failure(0.0)
+    record.observe_timeout(0.0, 1.0)
+    record.came_back()
+    estimate = record.estimate(0.0, 0, 1)
+    assert (estimate.success, estimate.p95_s) == pytest.approx((Outcomes().mean(0.0), 0.003))
 
 
 def test_an_attempt_given_up_took_at_least_as_long_for_a_while() -> None:

@@ -180,11 +180,18 @@ def test_what_was_chosen_last_stays_until_something_is_better_by_enough() -> Non
     a, b = replace(GPU, target="a"), replace(GPU, target="b")
     before = Play("b", "fp16")
     assert order(ask(question(NEAR, previous=before), a, b)) == ["b/fp16", "a/fp16"]
-    slightly = later(a, accuracy=0.987)
-    assert order(ask(question(NEAR, previous=before), slightly, b))[0] == "b/fp16"
-    clearly = later(a, accuracy=0.989)
-    assert order(ask(question(NEAR, previous=before), clearly, b))[0] == "a/fp16"
-    assert order(ask(question(NEAR, previous=before), slightly, b, hysteresis=0))[0] == "a/fp16"
+    slightly, clearly = later(b, success=0.984), later(b, success=0.983)  # 1.5 x 0.006 and 0.007
+    assert order(ask(question(NEAR, previous=before), a, slightly))[0] == "b/fp16"
+    assert order(ask(question(NEAR, previous=before), a, clearly))[0] == "a/fp16"
+    assert order(ask(question(NEAR, previous=before), a, slightly, hysteresis=0))[0] == "a/fp16"
+
+
+def test_nobody_pays_or_takes_worse_answers_for_not_changing() -> None:
+    a, b = replace(GPU, target="a"), replace(GPU, target="b")
+    before = Play("b", "fp16")
+    assert order(ask(question(NEAR, previous=before), later(a, accuracy=0.980), b))[0] == "a/fp16"
+    assert order(ask(question(NEAR, previous=before), a, later(b, cost_usd=0.0001)))[0] == "a/fp16"
+    assert order(ask(question(NEAR, previous=before), later(a, accuracy=0.9785), b))[0] == "b/fp16"
 
 
 def test_what_was_chosen_last_gives_way_to_a_better_group() -> None:
