@@ -249,8 +249,6 @@ def _facts(state: TargetState, latency_class: LatencyClass, now: float) -> _Fact
     availability, breaker = state.target.availability(), state.breaker
     if availability.available and not state.was_available:
         breaker.came_back(now)
-        for record in state.records.values():
-            record.came_back()
     state.was_available = availability.available
     return _Facts(
         "" if availability.available else availability.reason or "unavailable",

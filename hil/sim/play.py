@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from agent.config import Config, LatencyThresholds
+from agent.config import AccuracySection, Config, LatencyThresholds
 from agent.core.errors import InferenceError
-from agent.core.types import InferenceRequest, InferenceResult, LatencyClass
+from agent.core.types import AccuracyMode, InferenceRequest, InferenceResult, LatencyClass
 from agent.pipeline import Pipeline
 from agent.registry.catalog import Catalog
 from agent.store.cache import CacheKey, Hit, ResultCache
@@ -144,7 +144,10 @@ class _Player:
         self._router = strategy.router(targets, config, world)
         kind = _Forgetful if fresh_only else ResultCache
         cache = kind(config.fallback, None, world.catalog, world.clock)
-        self._pipeline = Pipeline(world.catalog, self._router, cache, Metrics(), world.clock, config.routing)
+        accuracy = config.accuracy if strategy.cascades else AccuracySection(floor=0.0)
+        self._pipeline = Pipeline(
+            world.catalog, self._router, cache, Metrics(), world.clock, config.routing, accuracy=accuracy
+        )
         self._budgets_s = class_budgets(config.routing.latency_thresholds)
         self._run = Run()
 
@@ -165,7 +168,7 @@ class _Player:
             max_retries=kind.max_retries,
             variant=kind.variant,
             use_cache=kind.use_cache,
-            accuracy=kind.accuracy,
+            accuracy=kind.accuracy if self._strategy.cascades else AccuracyMode.ACCEPTABLE,
         )
         await asyncio.sleep(float(self._world.own_s[ask.number]))
         best = self._hindsight.best(request, received + budget_s)

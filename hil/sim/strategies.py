@@ -40,11 +40,13 @@ CONFIDENT = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """`keeps_deadlines`: it gives up at the deadline, as the daemon does; False: it answers, however late."""
+    """`keeps_deadlines`: it gives up at the deadline, as the daemon does; False: it answers, however late. `cascades`:
+    requests keep their own accuracy mode; False: whatever variant the router names first is believed."""
 
     name: str
     router: Callable[[Sequence[Target], Config, World], Router]
     keeps_deadlines: bool = True
+    cascades: bool = False
 
 
 class Wished(Router):
@@ -108,6 +110,7 @@ def _router(targets: Sequence[Target], config: Config, world: World) -> Router:
         config.routing,
         world.clock,
         budgets=budget_of(config.budgets, config.cloud.lanes, None),
+        floor_of=lambda _: config.accuracy.floor,
         limit_for=limits_of(config.routing.overload),
     )
 
@@ -129,7 +132,7 @@ def _preset(policy: str) -> Callable[[Sequence[Target], Config, World], Router]:
     return build
 
 
-OURS = Strategy("ours", _router)
+OURS = Strategy("ours", _router, cascades=True)
 ALWAYS_CLOUD = Strategy("always cloud", _wished(lambda _: CLOUD), keeps_deadlines=False)
 ALWAYS_GATEWAY = Strategy("always gateway", _wished(lambda _: (Tier.EDGE_GPU,)), keeps_deadlines=False)
 ALWAYS_MCU = Strategy("always mcu", _wished(lambda _: (Tier.EDGE_MCU,)), keeps_deadlines=False)
