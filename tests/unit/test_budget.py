@@ -126,7 +126,7 @@ def test_the_gateways_limit_is_for_all_lanes_and_a_lanes_own_for_it_alone() -> N
     assert as_many_as_go(made, 0, 0.01) == 10
     assert "of cloud:eu" in made.objection(LANE, 0.01, 0, 5, 0)
     assert as_many_as_go(made, 0, 0.01, lane=OTHER) == 90
-    assert "of 1 USD a day" in made.objection(OTHER, 0.01, 0, 5, 0)
+    assert "of 1 USD per day" in made.objection(OTHER, 0.01, 0, 5, 0)
 
 
 def test_what_no_limit_is_about_is_free() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from fakes import UNPLUGGED, FakeTarget, hangs, make_request, raises
 from agent.config import FallbackSection, RoutingSection
 from agent.core.clock import ManualClock
 from agent.core.errors import InferenceError, TargetFailed, Unavailable
-from agent.core.types import InferenceRequest, InferenceResult, Tier
+from agent.core.types import Attempt, InferenceRequest, InferenceResult, Tier
 from agent.pipeline import Pipeline
 from agent.registry.catalog import Catalog
 from agent.routing.router import Router
@@ -143,6 +144,30 @@ async def test_no_tensor_is_kept(house: House) -> None:
     gc.collect()
     assert seen() is None
     assert house.explained()
+
+
+def test_a_cascade_has_two_stages_and_each_its_own_attempts(house: House, clock: ManualClock) -> None:
+    class Decision:
+        def __init__(self, policy: str) -> None:
+            self.policy = policy
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"policy": self.policy, "reasons": ["for a person"]}
+
+    request = make_request(clock)
+    again = replace(request, max_retries=1)
+    attempt = Attempt("edge_gpu", Tier.EDGE_GPU, "medium", "ok", 0.001)
+    attempts: list[Attempt] = []
+    house.stories.begin(request)
+    house.stories.routed(request, Decision("one"), attempts)
+    attempts.append(attempt)
+    clock.advance(0.004)
+    house.stories.routed(again, Decision("two"), [attempt, attempt])
+    house.stories.ended(request, Unavailable("no"))
+    first, escalation = house.explained()["stages"]
+    assert (first["stage"], first["at_ms"], first["decision"]) == ("first", 0.0, {"policy": "one"})
+    assert (escalation["stage"], escalation["at_ms"], escalation["decision"]) == ("escalation", 4.0, {"policy": "two"})
+    assert (len(first["attempts"]), len(escalation["attempts"])) == (1, 2)
 
 
 async def test_nothing_is_kept_of_a_request_that_was_cancelled(house: House) -> None:
