@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import tracemalloc
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -195,3 +196,24 @@ async def test_none_is_kept_where_none_is_wanted(catalog: Catalog, clock: Manual
     assert (await house.infer(explain=True)).explanation is not None
     assert house.stories.explain("r1") is None
     assert len(house.told) == 1
+
+
+async def test_what_is_remembered_is_small(catalog: Catalog, clock: ManualClock) -> None:
+    """docs/operations.md: below 10 kB for each request with two candidates."""
+    house, count = House(catalog, clock, keep=200), 200
+    for number in range(20):
+        await house.infer(id=f"warm-{number}", use_cache=False)
+    house.told.clear()
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for number in range(count):
+            await house.infer(id=f"r{number}", use_cache=False)
+            house.told.clear()
+            house.gpu.asked.clear()
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 0 < (after - before) / count < 10_000
