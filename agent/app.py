@@ -16,17 +16,19 @@ from agent.config import Config
 from agent.config_load import load_config
 from agent.core.clock import Clock, SystemClock
 from agent.core.errors import ConfigError, InferenceError, LinkError
-from agent.core.types import InferenceRequest, InferenceResult
+from agent.core.types import AccuracyMode, InferenceRequest, InferenceResult
 from agent.ingress.http import create_app
 from agent.ingress.http_server import HttpServer
 from agent.ingress.mqtt import MqttDoor
 from agent.pipeline import Pipeline
+from agent.registry.accuracy import Accuracies, Alarm
 from agent.registry.catalog import Catalog, load_catalog
 from agent.registry.locate import catalog_path
 from agent.routing.admission import Admission
 from agent.routing.budget import budget_of
 from agent.routing.limits import limits_of
 from agent.routing.router import Router
+from agent.routing.shadow import Shadow
 from agent.runtimes.base import RuntimeUnavailable
 from agent.sdnotify import Notifier
 from agent.store.budget_file import BudgetFile
@@ -97,6 +99,7 @@ class App:
         self.supervisor = Supervisor(clock)
         self.load = LoadSampler()
         self.targets = build_targets(config, catalog, clock)
+        self.accuracies = Accuracies(catalog, config.drift, config.gateway.state_dir / "accuracy.json")
         self.budget_file = BudgetFile(config.gateway.state_dir / "budgets.json")
         self.budget = budget_of(config.budgets, config.cloud.lanes, self.budget_file)
         self.trace = build_trace(config, catalog, self.targets, clock)
@@ -106,16 +109,32 @@ class App:
             config.routing,
             clock,
             budgets=self.budget,
+            accuracy_of=self.accuracies.accuracy_of,
+            floor_of=lambda _: config.accuracy.floor,
             limit_for=limits_of(config.routing.overload),
             watcher=self.stories.routed,
         )
+        self.shadow = Shadow(self.router, self.accuracies, config.shadow, clock)
         self.cache = ResultCache(config.fallback, config.gateway.state_dir / "cache.sqlite", catalog, clock)
-        self.pipeline = Pipeline(catalog, self.router, self.cache, self.metrics, clock, config.routing, self.stories)
+        self.pipeline = Pipeline(
+            catalog,
+            self.router,
+            self.cache,
+            self.metrics,
+            clock,
+            config.routing,
+            self.stories,
+            accuracy=config.accuracy,
+            accuracy_of=self.accuracies.accuracy_of,
+            shadow=self.shadow,
+        )
         slowest_ms = max((lane.timeout_ms for lane in config.cloud.lanes), default=config.edge_gpu.timeout_ms)
-        self.admission = Admission(catalog, config.routing, clock, slowest_ms / 1e3)
+        mode = AccuracyMode(config.accuracy.mode)
+        self.admission = Admission(catalog, config.routing, clock, slowest_ms / 1e3, mode)
         self.http = HttpServer(create_app(self, self.metrics, config.http, self.recent), config.http)
         self.mqtt = self._mqtt_door() if config.mqtt.enabled else None
         self.metrics.watch(self.status)
+        self.accuracies.listeners.append(self._show_drift)
         self._lag_s = 0.0
         self._stopping = asyncio.Event()
 
@@ -154,6 +173,8 @@ class App:
             "ready": ready,
             "reason": reason,
             "targets": targets,
+            "models": self._models(),
+            "shadow": self.shadow.status(),
             "budgets": [] if self.budget is None else self.budget.left(self._clock.monotonic()),
             "overload": self.pipeline.queue.status(),
             "cache": self.cache.stats(),
@@ -166,6 +187,13 @@ class App:
             "components": [*self.supervisor.status(), *self._parts(), *_target_components(targets)],
             "load": {**self.load.latest, "loop_lag_ms": round(self._lag_s * 1e3, 3)},
         }
+
+    def _models(self) -> dict[str, dict[str, Any]]:
+        """By `family/variant`: what it answered, how sure it was, and whether the cloud agrees."""
+        shown: dict[str, dict[str, Any]] = self.metrics.quality.status()
+        for name, drift in self.accuracies.status().items():
+            shown.setdefault(name, {})["drift"] = drift
+        return shown
 
     def explain(self, request_id: str) -> Mapping[str, Any] | None:
         return self.stories.explain(request_id)
@@ -196,6 +224,7 @@ class App:
     async def start(self) -> None:
         """Open the store, connect the targets, then open the doors. Raises `ConfigError` if that is impossible."""
         self.cache.open()
+        self.accuracies.load()
         if self.trace is not None:
             self.trace.start()
         if self.budget is not None:
@@ -208,6 +237,10 @@ class App:
         self._warm_up()
         self.supervisor.spawn("load", self._sample_load, stall_s=STALL_S + self._config.monitoring.sample_interval_s)
         self.supervisor.spawn("loop", self._heartbeat, stall_s=STALL_S)
+        if self._config.shadow.rate:
+            self.supervisor.spawn("shadow", self._ask_shadows)
+            for state in self.accuracies.states():
+                self._show_drift(state)
         if self._config.http.enabled:
             port = await self.http.start()
             log.info("http door open", extra={"host": self._config.http.host, "port": port})
@@ -251,6 +284,14 @@ class App:
             self.load.sample()
             component.set(ComponentState.UP)
             await asyncio.sleep(self._config.monitoring.sample_interval_s)
+
+    def _show_drift(self, alarm: Alarm) -> None:
+        if self.mqtt:
+            self.mqtt.keep(f"alarms/drift/{alarm.variant.name}", alarm.to_dict())
+
+    async def _ask_shadows(self, component: Component) -> None:
+        component.set(ComponentState.UP)
+        await self.shadow.work()
 
     async def _keep_budget(self, component: Component) -> None:
         """Writes what is used now and then, and says when that does not work."""

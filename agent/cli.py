@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from agent import __version__, cli_client, cli_explain, cli_mcu, cli_sim, cli_worker
+from agent import __version__, cli_client, cli_explain, cli_mcu, cli_models, cli_sim, cli_worker
 from agent.core.errors import ConfigError, EdgeAgentError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -54,9 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_mcu.add_parser(commands)
     cli_worker.add_parser(commands)
 
-    models = commands.add_parser("models", help="list the models of a catalogue")
-    models.add_argument("--catalog", type=Path, metavar="FILE")
-    models.set_defaults(run=_models)
+    cli_models.add_parser(commands)
 
     demo = commands.add_parser("demo", help="a whole gateway at work on this machine, with three outages")
     demo.set_defaults(run=_later("hil.demo.main"))
@@ -99,21 +97,6 @@ def _check(args: argparse.Namespace) -> int:
         print(f"{args.config}: note: {caution}", file=sys.stderr)
     lanes, boards = len(config.cloud.lanes), len(config.edge_mcu.ports)
     print(f"{args.config}: ok: {boards} microcontrollers, {lanes} cloud lanes, {len(config.sensors)} sensors")
-    return EXIT_OK
-
-
-def _models(args: argparse.Namespace) -> int:
-    from agent.registry.catalog import load_catalog
-    from agent.registry.locate import catalog_path
-
-    catalog = load_catalog(catalog_path(args.catalog))
-    print(f"{'model':24} {'targets':20} {'format':7} {'bytes':>9} {'parameters':>10} {'accuracy':>9}  sha256")
-    for family in catalog.families.values():
-        for variant in family.variants.values():
-            print(
-                f"{variant.name:24} {','.join(variant.targets):20} {variant.format:7} {variant.bytes:9} "
-                f"{variant.parameters:10} {variant.accuracy.value:9.4f}  {variant.sha256[:16]}"
-            )
     return EXIT_OK
 
 

@@ -17,6 +17,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, fie
 from agent.config.base import NAME_PATTERN, TOPIC_PATTERN, ClassName, Name, Priority, Section, Substituted, Topic
 from agent.config.broker import BrokerSection, check_broker_url, check_topic_filter
 from agent.config.budgets import AmountsSection, BudgetsSection
+from agent.config.cascade import AccuracyName, AccuracySection, DriftSection, ShadowSection
 from agent.config.doors import HttpSection, MqttSection, SensorSection
 from agent.config.overload import ClassShares, LimitSection, OverloadSection, WaitingSection
 from agent.config.routing import (
@@ -33,6 +34,8 @@ from agent.config.tiers import CloudSection, GpuSection, LaneSection, McuSection
 __all__ = [
     "NAME_PATTERN",
     "TOPIC_PATTERN",
+    "AccuracyName",
+    "AccuracySection",
     "AmountsSection",
     "BreakerSection",
     "BrokerSection",
@@ -42,6 +45,7 @@ __all__ = [
     "ClassWeights",
     "CloudSection",
     "Config",
+    "DriftSection",
     "FallbackSection",
     "GatewaySection",
     "GpuSection",
@@ -61,6 +65,7 @@ __all__ = [
     "RoutingSection",
     "Section",
     "SensorSection",
+    "ShadowSection",
     "Substituted",
     "Topic",
     "UtilityWeights",
@@ -135,6 +140,9 @@ class Config(Section):
     gateway: GatewaySection = Field(default_factory=GatewaySection)
     models: ModelsSection = ModelsSection()
     routing: RoutingSection = RoutingSection()
+    accuracy: AccuracySection = AccuracySection()
+    shadow: ShadowSection = ShadowSection()
+    drift: DriftSection = DriftSection()
     edge_mcu: McuSection = McuSection()
     edge_gpu: GpuSection = GpuSection()
     cloud: CloudSection = CloudSection()

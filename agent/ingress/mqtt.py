@@ -103,6 +103,7 @@ class MqttDoor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._busy_sensors: Counter[str] = Counter()
         self._shown: Any = None
+        self._kept: dict[str, dict[str, Any]] = {}
         self._status_task: asyncio.Task[None] | None = None
 
     @property
@@ -300,6 +301,20 @@ class MqttDoor:
         self._shown = None
         if state.connected:
             self._publish_status()
+            for below in self._kept:
+                self._publish_kept(below)
+
+    def keep(self, below: str, document: dict[str, Any]) -> None:
+        """Publish retained on `edge/{gateway}/{below}`, now and after every reconnect, until replaced."""
+        self._kept[below] = document
+        if self.link.connected:
+            self._publish_kept(below)
+
+    def _publish_kept(self, below: str) -> None:
+        payload = to_json({"gateway": self._gateway_id, **self._kept[below]})
+        with contextlib.suppress(LinkError):  # it is published again when the link is
+            topic = f"{self._prefix}/{below}"
+            self.link.publish(topic, payload, qos=1, retain=True, properties=MessageProperties(JSON))
 
     async def _keep_status(self) -> None:
         """Publish on change, and every `status_interval_s` even without one."""

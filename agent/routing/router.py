@@ -82,6 +82,16 @@ class Router:
             self._complexities[family.name] = grade
         return grade
 
+    def lanes(self, latency_class: LatencyClass) -> list[tuple[TargetTraits, int, int]]:
+        """Cloud targets that can be asked now: what they are, attempts in flight, and how many leave room for one of
+        that class."""
+        now = self._clock.monotonic()
+        return [
+            (state.traits, state.in_flight, state.limit.limit(now, latency_class))
+            for state in self._states.values()
+            if state.traits.tier.is_cloud and state.target.availability().available
+        ]
+
     def available(self) -> bool:
         """Whether any target can be asked now."""
         return any(state.target.availability().available for state in self._states.values())
@@ -259,7 +269,10 @@ def _candidate(
     now: float,
 ) -> Candidate:
     traits, in_flight = state.traits, state.in_flight
-    estimate = record.estimate(now, in_flight, traits.parallel, traits.cost_usd, state.accuracy_of(variant))
+    request, accuracy = asking.request, state.accuracy_of(variant)
+    if request.accuracy is AccuracyMode.ADAPTIVE and request.variant is None:
+        accuracy = min(1.0, accuracy + variant.cascade_gain)
+    estimate = record.estimate(now, in_flight, traits.parallel, traits.cost_usd, accuracy)
     unavailable, broken, limit = facts
     return Candidate(
         traits.name,

@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 from agent import __version__
 from agent.core.errors import DeadlineExceeded, InferenceError, TargetBusy
 from agent.core.types import Attempt, InferenceResult, LatencyClass
+from agent.telemetry.quality import Quality, drift_families
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -69,6 +70,7 @@ class Metrics:
         self._costs: dict[_Key, float] = {}
         self._malformed: dict[_Key, int] = {}
         self._abandoned = 0
+        self.quality = Quality()
         self._status: Callable[[], Mapping[str, Any]] | None = None
         self._status_failures = 0
         self.registry = CollectorRegistry(auto_describe=False)
@@ -182,6 +184,8 @@ class Metrics:
             "edge_agent_status_failures", "Scrapes that could not read the state.", self._status_failures
         )
         yield from _state_families(status)
+        yield from self.quality.families()
+        yield from drift_families(_mapping(status, "models"))
 
     def _request_families(self) -> Iterator[Metric]:
         requests: dict[_Key, float] = {}

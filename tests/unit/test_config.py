@@ -50,6 +50,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_in_flight": 256,
         "explain_last": 256,
     },
+    "accuracy": {"mode": "adaptive", "floor": 0.9},
+    "shadow": {"rate": 0, "per_hour": 60, "usd_per_day": 0.1, "timeout_ms": 5000, "max_queued": 16},
+    "drift": {"window": 500, "min_samples": 50, "margin": 0.02},
     "routing.weights.realtime": {"accuracy": 1, "lateness": 2, "cost": 0.5, "bytes": 0.01, "load": 0.05},
     "routing.weights.near": {"accuracy": 1, "lateness": 1.5, "cost": 0.5, "bytes": 0.01, "load": 0.02},
     "routing.weights.interactive": {"accuracy": 1, "lateness": 1, "cost": 0.5, "bytes": 0.01, "load": 0.02},
@@ -144,6 +147,8 @@ SENSOR_DEFAULTS = {
     "scale": 1,
     "qos": 1,
     "use_cache": True,
+    "accuracy": None,
+    "shadow": True,
     "allowed_regions": (),
 }
 FULL = """
