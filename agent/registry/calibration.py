@@ -53,6 +53,12 @@ class Cascade(BaseModel):
     right_if_agreed: Share
     right_if_not: Share
 
+    @model_validator(mode="after")
+    def _interval(self) -> Self:
+        if not self.low <= self.accuracy <= self.high:
+            raise ValueError("accuracy must be between low and high")
+        return self
+
 
 class Calibration(BaseModel):
     """Of one variant. `sha256` is the file it was fitted to, `data_sha256` the held-out data, of `samples` inputs."""
@@ -65,12 +71,6 @@ class Calibration(BaseModel):
     sha256: Digest
     cascade: Cascade | None = None
     """None: for the most accurate variant, which is asked last."""
-
-    @model_validator(mode="after")
-    def _interval(self) -> Self:
-        if self.cascade is not None and not self.cascade.low <= self.cascade.accuracy <= self.cascade.high:
-            raise ValueError("cascade.accuracy must be between low and high")
-        return self
 
 
 def least_probability(scale: float | None, classes: int) -> float:
