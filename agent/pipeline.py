@@ -207,10 +207,17 @@ class Pipeline:
             return self._fallback(request, hit, _refusal(failure), failure.attempts, failure.reasons, failure.cost_usd)
         result = self._fresh(request, answered, waited_s)
         self._cache.put(key, request.producer, result)
-        self._metrics.quality.observe(answered.first_variant, answered.first, answered.escalation)
-        if self._shadow is not None:
-            self._shadow.consider(request, family, answered)
+        self._watch(request, family, answered)
         return result
+
+    def _watch(self, request: InferenceRequest, family: Family, answered: Answered) -> None:
+        """How sure the model was, and whether to compare it with a better one. No fault of that costs the answer."""
+        try:
+            self._metrics.quality.observe(answered.first_variant, answered.first, answered.escalation)
+            if self._shadow is not None:
+                self._shadow.consider(request, family, answered)
+        except Exception:
+            log.exception("an answer could not be watched", extra={"request_id": request.id})
 
     def _known(self, family: Family, hit: Hit) -> Classified | None:
         """How sure a remembered answer is, by today's calibration; None if its variant has changed since."""

@@ -331,7 +331,7 @@ async def test_what_the_models_are_sure_of_is_counted(house: House) -> None:
     house.tiers.gpu.behaviour = sure(0.7)
     await house.infer(AccuracyMode.ADAPTIVE, use_cache=False, out_of_range=True)
     shown = house.metrics.quality.status()["toy/medium"]
-    assert (shown["answers"], shown["sure"], shown["escalated"], shown["held"]) == (2, 1, 1, 0)
+    assert (shown["answers"], shown["taken"], shown["escalated"], shown["held"]) == (2, 1, 1, 0)
     text = house.metrics.render().decode()
     assert 'edge_agent_cascade_total{model="toy",outcome="escalated",variant="medium"} 1.0' in text
     assert 'edge_agent_out_of_range_total{model="toy"} 1.0' in text
