@@ -124,12 +124,24 @@ def _status(args: argparse.Namespace) -> int:
     for part in status["components"]:
         if part["state"] != "up" and part["name"] not in shown:
             print(f"  {part['state'].upper()} {part['name']}" + (f": {part['reason']}" if part["reason"] else ""))
+    for budget in status.get("budgets", ()):
+        print(f"  {_budget(budget)}")
     counters = status["counters"]
     print(
         f"  {counters['answered']} answered, {counters['refused']} refused, {counters['cached']} from the cache, "
         f"{counters['stale']} stale, {counters['malformed']} malformed, {counters['cost_usd']:g} USD"
     )
     return EXIT_OK
+
+
+def _budget(budget: dict[str, Any]) -> str:
+    """One limit: what is left of it, and whether it is used up or only ahead of its pace."""
+    unit = {"usd": " USD", "bytes": " bytes", "requests": " requests"}[budget["unit"]]
+    left, at_once = budget["left"], budget["left_now"]
+    pace = "" if at_once == left else f", {at_once:.10g}{unit} at once"
+    state = "DONE  " if not left else "budget"
+    lane = f" of {budget['lane']}" if budget["lane"] else ""
+    return f"{state} {left:.10g} of {budget['limit']:.10g}{unit} per {budget['window']}{lane} left{pace}"
 
 
 def _document(path: Path, index: int | None) -> dict[str, Any] | None:

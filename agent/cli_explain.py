@@ -73,14 +73,14 @@ def _candidate(one: Mapping[str, Any], place: Mapping[tuple[str, str], str]) -> 
     """The number is the place in the ranking; without one, the last column says what ruled it out."""
     estimate = one["estimate"]
     guess = "" if estimate["measured"] else "~"
-    terms = " ".join(f"{term} {value:+.3g}" for term, value in one["terms"].items())
+    terms = " ".join(f"{term} {value:+.3g}" for term, value in one["terms"].items() if value)
     why = f"{one['excluded']}: {one['text']}" if one["excluded"] else terms + (" (at risk)" if one["at_risk"] else "")
     return (
         place.get((one["target"], one["variant"]), "-"),
         one["target"],
         one["variant"] or "(none)",
-        f"{guess}{estimate['p50_ms']:.1f}",
-        f"{guess}{estimate['p95_ms']:.1f}",
+        f"{guess}{estimate['p50_ms']:.2f}",
+        f"{guess}{estimate['p95_ms']:.2f}",
         f"{estimate['success']:.1%}",
         f"{estimate['accuracy']:.3f}",
         f"{estimate['cost_usd']:g}",

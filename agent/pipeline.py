@@ -66,7 +66,7 @@ class Pipeline:
     ) -> None:
         self._catalog = catalog
         self._router = router
-        self._cascade = Cascade(router, accuracy or AccuracySection(), accuracy_of)
+        self._cascade = Cascade(router, accuracy or AccuracySection(), clock, accuracy_of)
         self._shadow = shadow
         self._cache = cache
         self._metrics = metrics
@@ -207,10 +207,17 @@ class Pipeline:
             return self._fallback(request, hit, _refusal(failure), failure.attempts, failure.reasons, failure.cost_usd)
         result = self._fresh(request, answered, waited_s)
         self._cache.put(key, request.producer, result)
-        self._metrics.quality.observe(answered.first_variant, answered.first, answered.escalation)
-        if self._shadow is not None:
-            self._shadow.consider(request, family, answered)
+        self._watch(request, family, answered)
         return result
+
+    def _watch(self, request: InferenceRequest, family: Family, answered: Answered) -> None:
+        """How sure the model was, and whether to compare it with a better one. No fault of that costs the answer."""
+        try:
+            self._metrics.quality.observe(answered.first_variant, answered.first, answered.escalation)
+            if self._shadow is not None:
+                self._shadow.consider(request, family, answered)
+        except Exception:
+            log.exception("an answer could not be watched", extra={"request_id": request.id})
 
     def _known(self, family: Family, hit: Hit) -> Classified | None:
         """How sure a remembered answer is, by today's calibration; None if its variant has changed since."""

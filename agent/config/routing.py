@@ -76,7 +76,7 @@ class UtilityWeights(Section):
     accuracy: float = Field(default=1.0, ge=0, le=1000)
     lateness: float = Field(default=1.0, ge=0, le=1000)
     """For no answer in time."""
-    cost: float = Field(default=0.3, ge=0, le=1000)
+    cost: float = Field(default=0.5, ge=0, le=1000)
     """For `max_cloud_cost` USD."""
     bytes: float = Field(default=0.01, ge=0, le=1000)
     """For 10,000 bytes on the wire, both ways together."""

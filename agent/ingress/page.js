@@ -212,7 +212,7 @@ const AMOUNTS = {usd: usd, bytes: size, requests: whole};
 function budgets(list) {
   return arr(list).slice(0, 40).map(obj).map(budget => {
     const amount = AMOUNTS[budget.unit] || plain, left = num(budget.left), now = num(budget.left_now);
-    return [amount(num(budget.limit)) + (budget.unit === "requests" ? " requests" : "") + " a " + words(budget.window) + (budget.lane ? ", " + budget.lane : ""),
+    return [amount(num(budget.limit)) + (budget.unit === "requests" ? " requests" : "") + " per " + words(budget.window) + (budget.lane ? ", " + budget.lane : ""),
       amount(left) + (now < left ? ", " + amount(now) + " at once" : "")];
   });
 }

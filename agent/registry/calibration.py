@@ -24,6 +24,8 @@ Probabilities = npt.NDArray[np.floating]
 
 LEAST_PROBABILITY = 1e-7
 """Of any class of a float output: about half a step of a float32 near 1."""
+FEW_CLASSES = 64
+"""Up to so many, plain numbers are quicker than an array of them."""
 Z95, Z99 = 1.959964, 2.575829
 """Two-sided quantiles of the normal distribution."""
 
@@ -53,6 +55,12 @@ class Cascade(BaseModel):
     right_if_agreed: Share
     right_if_not: Share
 
+    @model_validator(mode="after")
+    def _interval(self) -> Self:
+        if not self.low <= self.accuracy <= self.high:
+            raise ValueError("accuracy must be between low and high")
+        return self
+
 
 class Calibration(BaseModel):
     """Of one variant. `sha256` is the file it was fitted to, `data_sha256` the held-out data, of `samples` inputs."""
@@ -66,12 +74,6 @@ class Calibration(BaseModel):
     cascade: Cascade | None = None
     """None: for the most accurate variant, which is asked last."""
 
-    @model_validator(mode="after")
-    def _interval(self) -> Self:
-        if self.cascade is not None and not self.cascade.low <= self.cascade.accuracy <= self.cascade.high:
-            raise ValueError("cascade.accuracy must be between low and high")
-        return self
-
 
 def least_probability(scale: float | None, classes: int) -> float:
     """What no probability is taken to be below. `scale`: the step of a quantised output; None: a float output."""
@@ -80,6 +82,11 @@ def least_probability(scale: float | None, classes: int) -> float:
 
 def confidence(probabilities: Probabilities, temperature: float, least: float) -> float:
     """Calibrated confidence of one answer; `probabilities` are of shape [classes] and need not sum to 1."""
+    if len(probabilities) <= FEW_CLASSES:
+        values: list[float] = probabilities.tolist()
+        top, power = max(max(values), least), 1.0 / temperature
+        total: float = sum([(value / top if value > least else least / top) ** power for value in values])
+        return 1.0 / total
     raised = np.maximum(probabilities, least)
     powers = (raised / raised.max()) ** (1.0 / temperature)
     return float(1.0 / powers.sum())

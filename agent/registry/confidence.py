@@ -25,9 +25,9 @@ def classified(outputs: Tensors, family: Family, variant: Variant) -> Classified
     label, own = classify(outputs, family)
     calibration = variant.calibration
     if calibration is None:
-        return Classified(label, own, calibrated=False, sure=True)
+        return Classified(label, own, False, True)
     probabilities = outputs[family.outputs[0].name].ravel()
     least = least_probability(variant.outputs[0].scale, len(family.labels))
     worth = confidence(probabilities, calibration.temperature, least)
     sure = calibration.cascade is None or worth >= calibration.cascade.threshold
-    return Classified(label, worth, calibrated=True, sure=sure)
+    return Classified(label, worth, True, sure)

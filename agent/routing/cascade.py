@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from agent.config import AccuracySection
+from agent.core.clock import Clock
 from agent.core.types import AccuracyMode, InferenceRequest
 from agent.registry.catalog import Family, Variant
 from agent.registry.confidence import Classified, classified
@@ -21,8 +22,9 @@ from agent.targets.base import TargetTraits
 
 log = logging.getLogger(__name__)
 
-HOLD_S = 0.002
-"""An escalation ends this long before the deadline: the held answer has to be returned then."""
+HOLD_SHARE, HOLD_MIN_S, HOLD_MAX_S = 0.05, 0.001, 0.02
+"""An escalation ends before the deadline, by this share of what was left and within these bounds: the held answer has
+to be returned then, also by a machine that is busy."""
 ESCALATED, HELD = "escalated", "held"
 
 
@@ -41,8 +43,11 @@ class Answered:
 class Cascade:
     """Runs one request in its mode. `accuracy_of` says what share of a variant's answers is right."""
 
-    def __init__(self, router: Router, settings: AccuracySection, accuracy_of: Callable[[Variant], float]) -> None:
+    def __init__(
+        self, router: Router, settings: AccuracySection, clock: Clock, accuracy_of: Callable[[Variant], float]
+    ) -> None:
         self._router = router
+        self._clock = clock
         self._floor = settings.floor
         self._accuracy_of = accuracy_of
 
@@ -80,8 +85,9 @@ class Cascade:
             why = _sureness(held)
             retries = max(0, request.max_retries - len(held.routed.attempts) + 1)
             again = replace(request, accuracy=AccuracyMode.HIGH, max_retries=retries)
+            hold_s = min(HOLD_MAX_S, max(HOLD_MIN_S, HOLD_SHARE * (request.deadline - self._clock.monotonic())))
             try:
-                deadline = request.deadline - HOLD_S
+                deadline = request.deadline - hold_s
                 second = await self._router.run(again, family, among=_better(held.routed), deadline=deadline)
             except NoAnswer as failure:
                 return _held(held, failure, why)

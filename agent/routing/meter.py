@@ -179,7 +179,7 @@ class Meter:
 
     def _name(self) -> str:
         scope = f" of {self.allowance.scope}" if self.allowance.scope else ""
-        return f"budget{scope} of {_words(self.allowance.unit, self.allowance.amount)} a {self.allowance.window}"
+        return f"budget{scope} of {_words(self.allowance.unit, self.allowance.amount)} per {self.allowance.window}"
 
 
 def nano_usd(usd: float) -> int:

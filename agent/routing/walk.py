@@ -14,16 +14,14 @@ from agent.routing.attempt import GRACE_S, Asking, TargetState
 from agent.routing.breaker import Breaker
 from agent.routing.decision import Constraint, Decision, Play
 from agent.routing.hedge import CANCELLED, Side, race
-from agent.routing.utility import late
 from agent.targets.base import TargetTraits
 
 MARGIN_S = 0.0005
 """Kept back from every deadline to build and send the answer, or to find a stale one."""
 RESERVE_FACTOR = 2.0
 RESERVE_SHARE = 0.1
-"""An attempt leaves the next target this multiple of its 95th percentile, and at least this share of what is left."""
-HEDGE_RISK = 0.001
-"""A chance of being late from which on a second target is kept ready: it is asked in one case of twenty only."""
+"""Where there is so much time, an attempt leaves the next target this multiple of its 95th percentile, and at least
+this share of what is left."""
 
 Variants: TypeAlias = Mapping[Play, Variant]
 
@@ -78,7 +76,8 @@ class Walk:
         self._decision = decision
         self._variants = variants
         self._states = states
-        self._may_hedge = asking.request.latency_class.value in settings.hedge_classes
+        self._latency_class = asking.request.latency_class
+        self._may_hedge = self._latency_class.value in settings.hedge_classes
         self._hedge_metered = settings.hedge_metered
         self._end = asking.deadline - MARGIN_S
         self._attempts: list[Attempt] = []
@@ -162,31 +161,28 @@ class Walk:
 
     def _side(self, play: Play, following: Sequence[Play]) -> Side:
         """The play with the moment at which it must end: early enough for the quickest of the following ones to be
-        tried as well, unless that would leave this one less than it usually takes."""
+        tried twice over, or once, if that leaves this one what it usually takes; else it has all the time there is."""
         state, variant = self._states[play.target], self._variants[play]
         now = self._asking.clock.monotonic()
         until = self._end
-        reserve_s = self._reserve_s(following, now) if self._tries_left() > 1 else 0.0
-        if reserve_s:
-            # One in twenty takes longer than its p95 by definition: those are not to be cut off for that alone.
-            least_s = state.estimate(variant, now).p95_s + self._grace_s(now)
-            until = min(until, max(until - reserve_s, now + least_s))
+        for reserve_s in self._reserves_s(following, now) if self._tries_left() > 1 else ():
+            if self._end - reserve_s >= now + state.estimate(variant, now).p95_s:
+                until = self._end - reserve_s
+                break
         return Side(state, variant, self._bounded(state, until, now))
 
-    def _reserve_s(self, following: Sequence[Play], now: float) -> float:
-        """What is kept back for the next one; 0: there is none."""
+    def _reserves_s(self, following: Sequence[Play], now: float) -> tuple[float, ...]:
+        """What is kept back for the next one, if there is one: ample, and just enough."""
         others = [
             state.estimate(self._variants[play], now).p95_s
             for play in following
             if (state := self._states[play.target]).breaker.allows(now) and state.target.availability().available
         ]
         if not others:
-            return 0.0
-        return max(RESERVE_FACTOR * min(others), RESERVE_SHARE * (self._end - now)) + self._grace_s(now)
-
-    def _grace_s(self, now: float) -> float:
-        """What an attempt may overrun by, and what it is given beyond its p95."""
-        return min(GRACE_S, RESERVE_SHARE * (self._end - now))
+            return ()
+        share, quickest_s = RESERVE_SHARE * (self._end - now), min(others)
+        spare_s = min(GRACE_S, share)
+        return max(RESERVE_FACTOR * quickest_s, share) + spare_s, quickest_s + spare_s
 
     def _bounded(self, state: TargetState, until: float, now: float | None = None) -> float:
         """By what any single attempt on the target may take."""
@@ -200,7 +196,7 @@ class Walk:
     def _objection(self, side: Side) -> tuple[Constraint, str] | None:
         """What has changed since the ranking: time has passed, others may have taken the place."""
         now = self._asking.clock.monotonic()
-        found = standing(side.state, self._asking.request.latency_class, now)
+        found = standing(side.state, self._latency_class, now)
         if found is not None:
             return found
         estimate = side.state.estimate(side.variant, now)
@@ -213,24 +209,21 @@ class Walk:
         return None
 
     def _hedge(self, side: Side, following: Sequence[Play]) -> tuple[Side, float] | None:
-        """Whom to ask as well, and after how many seconds: where there is no time to ask one after the other, the first
-        may well be late, and the second would still be in time at its median."""
+        """Whom to ask as well, and after how many seconds, where there is no time to ask one after the other: when the
+        first has taken longer than its 95th percentile, and as late as the second one's allows."""
         now = self._asking.clock.monotonic()
-        estimate = side.state.estimate(side.variant, now)
-        room_s = self._end - now
-        if room_s - self._reserve_s(following, now) >= estimate.p95_s:
-            return None
-        if late(estimate.p50_s, estimate.p95_s, room_s) < HEDGE_RISK:
+        first_s, room_s = side.state.estimate(side.variant, now).p95_s, self._end - now
+        reserves_s = self._reserves_s(following, now)
+        if not reserves_s or room_s - reserves_s[0] >= first_s:
             return None
         for play in following:
             state, variant = self._states[play.target], self._variants[play]
             if state is side.state or (state.traits.metered and not self._hedge_metered):
                 continue
-            if (
-                standing(state, self._asking.request.latency_class, now) is None
-                and estimate.p95_s + state.estimate(variant, now).p50_s <= room_s
-            ):
-                return Side(state, variant, self._bounded(state, self._end)), estimate.p95_s
+            estimate = state.estimate(variant, now)
+            after_s = max(first_s, room_s - estimate.p95_s)
+            if standing(state, self._latency_class, now) is None and after_s + estimate.p50_s <= room_s:
+                return Side(state, variant, self._bounded(state, self._end)), after_s
         return None
 
 

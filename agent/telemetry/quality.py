@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 BUCKETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0)
 """Upper bounds of the histogram of confidence."""
-OUTCOMES = ("sure", "escalated", "held")
+OUTCOMES = ("taken", "escalated", "held")
 """Of first answers: taken; a more accurate model answered; it could not."""
 
 
@@ -58,7 +58,7 @@ class Quality:
             counts = self._variants[key] = _Counts()
         counts.buckets[bisect_left(BUCKETS, found.confidence)] += 1
         counts.sum += found.confidence
-        counts.outcomes[escalation or "sure"] += 1
+        counts.outcomes[escalation or "taken"] += 1
 
     def out_of_range(self, model: str) -> None:
         """A request whose inputs are outside of what the model was trained on."""

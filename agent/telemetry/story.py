@@ -32,6 +32,24 @@ _ASKED = (
     "deadline",
 )
 _asked = attrgetter(*_ASKED)
+_CAME_TO = (
+    "stale",
+    "cached",
+    "origin_tier",
+    "target",
+    "variant",
+    "label",
+    "confidence",
+    "queue_s",
+    "link_s",
+    "compute_s",
+    "total_s",
+    "deadline_met",
+    "cost_usd",
+    "escalation",
+    "age_s",
+)
+_came_to = attrgetter(*_CAME_TO)
 
 
 class Explained(Protocol):
@@ -54,7 +72,7 @@ class Story(NamedTuple):
     at: float
     asked: tuple[Any, ...]
     stages: Sequence[Stage]
-    outcome: Mapping[str, Any] | InferenceResult
+    outcome: Mapping[str, Any] | tuple[Any, ...]
     reasons: Sequence[str]
 
     def request(self) -> dict[str, Any]:
@@ -89,26 +107,20 @@ class Story(NamedTuple):
 
     def came_to(self) -> dict[str, Any]:
         """What came of it."""
-        if not isinstance(self.outcome, InferenceResult):
+        if not isinstance(self.outcome, tuple):
             return dict(self.outcome)
-        result = self.outcome
+        came_to = dict(zip(_CAME_TO, self.outcome, strict=True))
+        stale, cached, tier = came_to.pop("stale"), came_to.pop("cached"), came_to.pop("origin_tier")
+        parts = ("queue", "link", "compute", "total")
+        times = {f"{part}_ms": round(came_to.pop(f"{part}_s") * 1e3, 3) for part in parts}
         return {
-            "status": "stale" if result.stale else "cached" if result.cached else "computed",
+            "status": "stale" if stale else "cached" if cached else "computed",
             "code": None,
             "message": None,
-            "tier": result.origin_tier.value,
-            "target": result.target,
-            "variant": result.variant,
-            "label": result.label,
-            "confidence": result.confidence,
-            "queue_ms": round(result.queue_s * 1e3, 3),
-            "link_ms": round(result.link_s * 1e3, 3),
-            "compute_ms": round(result.compute_s * 1e3, 3),
-            "total_ms": round(result.total_s * 1e3, 3),
-            "deadline_met": result.deadline_met,
-            "cost_usd": result.cost_usd,
-            "escalation": result.escalation,
-            "age_s": round(result.age_s, 3),
+            "tier": tier.value,
+            **came_to,
+            **times,
+            "age_s": round(came_to["age_s"], 3),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,7 +167,7 @@ class Stories:
         if stages is None:
             return None
         passed_s = self._clock.monotonic() - request.received
-        told = outcome._replace(outputs={}) if isinstance(outcome, InferenceResult) else _refused(outcome, passed_s)
+        told = _came_to(outcome) if isinstance(outcome, InferenceResult) else _refused(outcome, passed_s)
         story = Story(self._clock.wall() - passed_s, _asked(request), stages, told, outcome.reasons)
         if self._keep:
             self._ended[request.id] = story

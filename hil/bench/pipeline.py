@@ -86,7 +86,7 @@ class Gateway:
         self._cache = ResultCache(FallbackSection(), cache_path, catalog, self._clock)
         stories = Stories(routing.explain_last, self._clock)
         router = Router([self._target], routing, self._clock, watcher=stories.routed)
-        self.pipeline = Pipeline(catalog, router, self._cache, Metrics(), self._clock, routing, stories)
+        self.pipeline = Pipeline(catalog, router, self._cache, Metrics(), self._clock, routing, stories=stories)
 
     @classmethod
     async def open(cls, catalog: Catalog, inline_below_ms: float, cache_path: Path) -> Gateway:

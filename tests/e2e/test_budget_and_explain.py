@@ -109,7 +109,7 @@ def test_a_budget_is_kept_over_a_kill_and_restarts(metered: Metered) -> None:
     assert REQUESTS_PER_DAY - LEASE_REQUESTS <= spent <= REQUESTS_PER_DAY
     code, refusal = outcomes[-1]
     assert code == 503
-    assert any("budget of cloud:gpu of 60 requests a day: 0 requests left" in reason for reason in refusal["reasons"])
+    assert any("budget of cloud:gpu of 60 requests per day: 0 requests left" in reason for reason in refusal["reasons"])
     told = metered.get(f"/explain/{refusal['request_id']}")
     (cloud,) = [one for one in told["stages"][0]["decision"]["candidates"] if one["target"] == "cloud:gpu"]
     assert cloud["excluded"] == "budget"

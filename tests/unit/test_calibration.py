@@ -46,6 +46,15 @@ def test_at_temperature_one_probabilities_are_taken_as_they_are() -> None:
     assert confidence(np.array([0.1, 0.7, 0.2]), 1.0, 1e-7) == pytest.approx(0.7)
 
 
+@given(st.integers(60, 70), temperatures, st.integers(0, 1000))
+def test_few_classes_and_many_are_reckoned_alike(classes: int, temperature: float, seed: int) -> None:
+    values = np.random.default_rng(seed).dirichlet(np.ones(classes))
+    one = confidence(values, temperature, 1e-7)
+    padded = np.concatenate([values, np.full(200, 1e-300)])
+    rest = 200 * (1e-7 / values.max()) ** (1 / temperature)
+    assert 1 / confidence(padded, temperature, 1e-7) == pytest.approx(1 / one + rest)
+
+
 def test_temperature_divides_the_logits() -> None:
     logits = np.array([1.0, -2.0, 0.5])
     own, scaled = np.exp(logits), np.exp(logits / 2.5)

@@ -18,7 +18,7 @@ from agent.core.errors import TargetBusy, TargetFailed, TargetUnavailable
 from agent.core.types import AccuracyMode, InferenceRequest, InferenceResult, TargetAnswer
 from agent.pipeline import Pipeline
 from agent.registry.catalog import Variant
-from agent.routing.cascade import HOLD_S, Answered, Cascade
+from agent.routing.cascade import HOLD_MIN_S, Answered, Cascade
 from agent.routing.router import NoAnswer, of_the_catalogue
 from agent.store.cache import ResultCache
 from agent.targets.base import AVAILABLE
@@ -31,7 +31,7 @@ def tiers(clock: ManualClock) -> Tiers:
 
 
 async def run(tiers: Tiers, clock: Any, deadline_ms: float = 100, floor: float = 0.9, **changes: Any) -> Answered:
-    cascade = Cascade(tiers.router, AccuracySection(floor=floor), of_the_catalogue)
+    cascade = Cascade(tiers.router, AccuracySection(floor=floor), clock, of_the_catalogue)
     async with asyncio.timeout(PATIENCE_S):
         return await cascade.run(make_request(clock, deadline_ms, **changes), tiers.family)
 
@@ -134,12 +134,12 @@ async def test_a_cloud_that_hangs_is_cut_off_in_time_to_return_the_held_answer()
     tiers = Tiers(clock)
     tiers.gpu.behaviour, tiers.cloud.behaviour = sure(0.7), hangs
     request = make_request(clock, 60)
-    cascade = Cascade(tiers.router, AccuracySection(), of_the_catalogue)
+    cascade = Cascade(tiers.router, AccuracySection(), clock, of_the_catalogue)
     async with asyncio.timeout(PATIENCE_S):
         answered = await cascade.run(request, tiers.family)
     assert answered.escalation == "held"
     (_, _, until) = tiers.cloud.asked[0]
-    assert until <= request.deadline - HOLD_S
+    assert until <= request.deadline - HOLD_MIN_S
     assert tiers.cloud.running == 0
 
 
@@ -331,7 +331,7 @@ async def test_what_the_models_are_sure_of_is_counted(house: House) -> None:
     house.tiers.gpu.behaviour = sure(0.7)
     await house.infer(AccuracyMode.ADAPTIVE, use_cache=False, out_of_range=True)
     shown = house.metrics.quality.status()["toy/medium"]
-    assert (shown["answers"], shown["sure"], shown["escalated"], shown["held"]) == (2, 1, 1, 0)
+    assert (shown["answers"], shown["taken"], shown["escalated"], shown["held"]) == (2, 1, 1, 0)
     text = house.metrics.render().decode()
     assert 'edge_agent_cascade_total{model="toy",outcome="escalated",variant="medium"} 1.0' in text
     assert 'edge_agent_out_of_range_total{model="toy"} 1.0' in text

@@ -32,7 +32,7 @@ CANDIDATE: dict[str, Any] = {
     "text": "",
     "at_risk": True,
     "utility": 0.925,
-    "terms": {"accuracy": 0.956, "miss": -0.031},
+    "terms": {"accuracy": 0.956, "miss": -0.031, "load": 0.0},
 }
 CLOUD = CANDIDATE | {
     "target": "cloud:eu",
@@ -107,9 +107,9 @@ def test_a_decision_is_a_table(door: Door, capsys: pytest.CaptureFixture[str]) -
         "route, 0.4 ms after receipt, policy utility",
         "  weights: accuracy 1, miss 0.5",
         "     target    variant   p50 ms  p95 ms  success  accuracy    USD  bytes  utility  terms",
-        "  1  edge_mcu  mcu-int8     5.0     9.2    99.0%     0.956      0      0    0.925  "
+        "  1  edge_mcu  mcu-int8    5.00    9.25    99.0%     0.956      0      0    0.925  "
         "accuracy +0.956 miss -0.031 (at risk)",
-        "  -  cloud:eu  (none)      ~5.0    ~9.2    99.0%     0.956  0.001      0        -  "
+        "  -  cloud:eu  (none)     ~5.00   ~9.25    99.0%     0.956  0.001      0        -  "
         "no_variant: has no variant of this model",
         "  asked  edge_mcu/mcu-int8: timeout after 50 ms: late",
         "",

@@ -79,7 +79,7 @@ REFUSED = [
         "edge_gpu: {providers: [rocm]}",
         "edge_gpu.providers.0: must be 'tensorrt', 'cuda' or 'cpu', found 'rocm'",
     ),
-    ("nonsense: {}", "nonsense: unknown key; allowed: budgets, cloud, edge_gpu, edge_mcu, fallback"),
+    ("nonsense: {}", "nonsense: unknown key; allowed: accuracy, budgets, cloud, drift, edge_gpu, edge_mcu, fallback"),
     ("edge_gpuu: {}", "edge_gpuu: unknown key; did you mean edge_gpu?"),
     ("routing: {breaker: {failure: 1}}", "routing.breaker.failure: unknown key; did you mean failures?"),
     (
@@ -311,3 +311,10 @@ def test_a_secret_of_another_type_is_not_shown_either(tmp_path: Path, value: str
 def test_a_value_that_came_by_reference_is_named_by_its_reference(tmp_path: Path) -> None:
     message = refusal(tmp_path, "mqtt: {keepalive_s: '${PW}'}", PW=SECRET)
     assert message.endswith("found the value of ${PW}")
+
+
+def test_a_budget_that_lets_nothing_through_is_noted(tmp_path: Path) -> None:
+    text = "cloud: {lanes: [{name: a, broker: 'mqtt://h', cost_per_request: 0.01, budget: {usd_per_hour: 0.005}}]}"
+    state = f"gateway: {{state_dir: {tmp_path}}}"
+    (note,) = cautions(load(tmp_path, f"{state}\n{text}\nbudgets: {{usd_per_day: 5, usd_per_minute: 0}}"))
+    assert note == "cloud.lanes.0.budget.usd_per_hour: 0.005 USD let nothing through: a request of lane a costs 0.01"

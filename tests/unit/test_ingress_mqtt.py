@@ -362,6 +362,26 @@ async def test_status_is_retained_changes_and_ends_offline(rig: Rig) -> None:
     await until(lambda: rig.states[-1]["state"] == "offline", what="the goodbye")
 
 
+async def test_what_is_kept_is_retained_replaced_and_there_again_after_a_reconnect(rig: Rig) -> None:
+    told: list[Message] = []
+    await rig.client.subscribe("edge/gw/alarms/#", told.append)
+    rig.door.keep("alarms/drift/toy/small", {"active": False})
+    rig.door.keep("alarms/drift/toy/small", {"active": True})
+    await until(lambda: len(told) == 2, what="both")
+    assert told[-1].topic == "edge/gw/alarms/drift/toy/small"
+    assert json.loads(told[-1].payload) == {"gateway": "gw", "active": True}
+    rig.door.link._connection._close_socket()  # type: ignore[union-attr]
+    await until(lambda: len(told) == 3, what="it is said again")
+    late = MqttLink(LinkOptions(rig.broker.url, "late"))
+    kept: list[Message] = []
+    await late.subscribe("edge/gw/alarms/#", kept.append)
+    await late.start()
+    await until(lambda: kept, what="who comes later hears of it")
+    assert kept[0].retain
+    assert json.loads(kept[0].payload)["active"] is True
+    await late.stop()
+
+
 async def test_closed_door_answers_what_is_inside(rig: Rig) -> None:
     rig.core.gate = asyncio.Event()
     rig.client.publish("edge/gw/infer/toy", b'{"inputs": [1, 2, 3, 4]}')

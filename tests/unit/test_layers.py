@@ -48,6 +48,9 @@ NO_IO = (
     "agent.routing.meter",
     "agent.link.backoff",
     "agent.registry.tensors",
+    "agent.registry.calibration",
+    "agent.registry.fitting",
+    "agent.registry.confidence",
     "agent.core.types",
     "agent.core.errors",
 )

@@ -27,7 +27,7 @@ class Rig:
         self.accuracies = Accuracies(self.tiers.catalog, DriftSection())
         section = ShadowSection.model_validate({"rate": 0.5} | changes)
         self.shadow = Shadow(self.tiers.router, self.accuracies, section, clock, lambda: chance)
-        self.cascade = Cascade(self.tiers.router, AccuracySection(), of_the_catalogue)
+        self.cascade = Cascade(self.tiers.router, AccuracySection(), clock, of_the_catalogue)
 
     async def answer(self, **changes: Any) -> None:
         request = make_request(self.clock, 100, **changes)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import tracemalloc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from fakes import UNPLUGGED, FakeTarget, hangs, make_request, raises
 from agent.config import FallbackSection, RoutingSection
 from agent.core.clock import ManualClock
 from agent.core.errors import InferenceError, TargetFailed, Unavailable
-from agent.core.types import InferenceRequest, InferenceResult, Tier
+from agent.core.types import Attempt, InferenceRequest, InferenceResult, Tier
 from agent.pipeline import Pipeline
 from agent.registry.catalog import Catalog
 from agent.routing.router import Router
@@ -145,6 +147,30 @@ async def test_no_tensor_is_kept(house: House) -> None:
     assert house.explained()
 
 
+def test_a_cascade_has_two_stages_and_each_its_own_attempts(house: House, clock: ManualClock) -> None:
+    class Decision:
+        def __init__(self, policy: str) -> None:
+            self.policy = policy
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"policy": self.policy, "reasons": ["for a person"]}
+
+    request = make_request(clock)
+    again = replace(request, max_retries=1)
+    attempt = Attempt("edge_gpu", Tier.EDGE_GPU, "medium", "ok", 0.001)
+    attempts: list[Attempt] = []
+    house.stories.begin(request)
+    house.stories.routed(request, Decision("one"), attempts)
+    attempts.append(attempt)
+    clock.advance(0.004)
+    house.stories.routed(again, Decision("two"), [attempt, attempt])
+    house.stories.ended(request, Unavailable("no"))
+    first, escalation = house.explained()["stages"]
+    assert (first["stage"], first["at_ms"], first["decision"]) == ("first", 0.0, {"policy": "one"})
+    assert (escalation["stage"], escalation["at_ms"], escalation["decision"]) == ("escalation", 4.0, {"policy": "two"})
+    assert (len(first["attempts"]), len(escalation["attempts"])) == (1, 2)
+
+
 async def test_nothing_is_kept_of_a_request_that_was_cancelled(house: House) -> None:
     house.gpu.behaviour = hangs
     task = asyncio.ensure_future(house.infer())
@@ -170,3 +196,24 @@ async def test_none_is_kept_where_none_is_wanted(catalog: Catalog, clock: Manual
     assert (await house.infer(explain=True)).explanation is not None
     assert house.stories.explain("r1") is None
     assert len(house.told) == 1
+
+
+async def test_what_is_remembered_is_small(catalog: Catalog, clock: ManualClock) -> None:
+    """docs/operations.md: below 10 kB for each request with two candidates."""
+    house, count = House(catalog, clock, keep=200), 200
+    for number in range(20):
+        await house.infer(id=f"warm-{number}", use_cache=False)
+    house.told.clear()
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for number in range(count):
+            await house.infer(id=f"r{number}", use_cache=False)
+            house.told.clear()
+            house.gpu.asked.clear()
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 0 < (after - before) / count < 10_000
