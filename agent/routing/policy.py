@@ -106,14 +106,15 @@ class Policy:
         if self._settings.policy == "scorecard":
             return scorecard.decide(question, candidates, self._settings)
         possible, out = self._weighed(question, candidates)
-        refused = _refused(question, out) if out else []
         weights = self._told[question.latency_class]
 
         def judge() -> tuple[Judged, ...]:
-            return self._judged(question, refused, possible)
+            return self._judged(question, _refused(question, out), possible)
 
         if not possible:
-            return Decision("utility", (), lambda: (*not_asked(refused), "no target can be asked"), judge, weights)
+            return Decision(
+                "utility", (), lambda: (*_not_asked(question, out), "no target can be asked"), judge, weights
+            )
         if question.accuracy is not AccuracyMode.ADAPTIVE:
             possible = self._by_accuracy(question, possible)
         possible.sort()
@@ -121,7 +122,7 @@ class Policy:
         return Decision(
             "utility",
             _chain(first, possible),
-            lambda: (*not_asked(refused), self._why(first, other, rule)),
+            lambda: (*_not_asked(question, out), self._why(first, other, rule)),
             judge,
             weights,
         )
@@ -283,6 +284,10 @@ class Policy:
             bytes=estimate.bytes,
             load=candidate.in_flight / candidate.limit,
         )
+
+
+def _not_asked(question: Question, out: Sequence[Candidate]) -> list[str]:
+    return not_asked(_refused(question, out)) if out else []
 
 
 def _refused(question: Question, candidates: Sequence[Candidate]) -> list[tuple[Candidate, tuple[Constraint, str]]]:

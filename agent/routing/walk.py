@@ -20,8 +20,8 @@ MARGIN_S = 0.0005
 """Kept back from every deadline to build and send the answer, or to find a stale one."""
 RESERVE_FACTOR = 2.0
 RESERVE_SHARE = 0.1
-"""Where there is so much time, an attempt leaves the next target this multiple of its 95th percentile, and at least this
-share of what is left."""
+"""Where there is so much time, an attempt leaves the next target this multiple of its 95th percentile, and at least
+this share of what is left."""
 
 Variants: TypeAlias = Mapping[Play, Variant]
 

@@ -29,7 +29,7 @@ from agent.wire.messages import MODEL_ID_BYTES
 
 BITS_PER_BYTE = 10
 """On the line: eight, a start bit and a stop bit."""
-OVERHEAD_BYTES = 66
+OVERHEAD_BYTES = 56
 """Of frames and messages of one INFER and its RESULT, besides the tensors."""
 PRIOR_LINK_S = 0.001
 """Taken for the way there and back until it was measured: a USB bridge's latency."""
