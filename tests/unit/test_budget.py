@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
+from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -296,6 +297,29 @@ def test_a_document_that_makes_no_sense_is_refused_and_then_everything_counts_as
     again.exhaust(2)
     assert again.left(2)[0]["left"] == 0
     assert again.left(2 + DAY_S * (1 + 1 / SLOTS))[0]["left"] == 1.0
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(key=st.sampled_from(["schema", "boot", "monotonic_ms", "wall_ms", "at_ms", "meters"]), junk=JUNK)
+def test_whatever_a_document_holds_it_is_read_or_refused(key: str, junk: Any) -> None:
+    made = budget(usd(1.0), burst=1)
+    as_many_as_go(made, 0, 0.1)
+    kept = made.document(1)
+    changed: Any = kept | {key: junk} if key != "meters" else kept | {key: [kept[key][0] | {"recent": junk}]}
+    again = Budget([usd(1.0)], PRICES, Terms(burst=1))
+    try:
+        again.restore(changed, boot="boot-1", now=2, wall=1e9)
+    except ValueError:
+        again.exhaust(2)
+    assert 0 <= again.left(2)[0]["left"] <= 1.0
+    again.spend(LANE, 0.1, 0, 3)
+    json.dumps(again.document(4))
 
 
 def test_a_meter_that_claims_to_be_ahead_of_time_is_refused() -> None:
