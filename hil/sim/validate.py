@@ -79,7 +79,7 @@ def one_run(catalog: Catalog, samples: Mapping[str, Samples], seconds: float, se
     with Processes() as processes:
         port = stack.start(processes, catalog)
         times = asyncio.run(tiers.ask_all(port, catalog, TIER_SAMPLES))
-        measured = asyncio.run(_ask_daemon(port, catalog, samples, asks))
+        measured = asyncio.run(ask_daemon(port, catalog, samples, asks))
     run = play(Stage(catalog, samples, times), Scenario(load, seed=seed), setting.config(None, catalog))
     return compared(_predicted(run), measured)
 
@@ -125,7 +125,7 @@ def _predicted(run: Run) -> list[tuple[Ask, float, str]]:
     ]
 
 
-async def _ask_daemon(
+async def ask_daemon(
     port: int, catalog: Catalog, samples: Mapping[str, Samples], asks: Sequence[Ask]
 ) -> list[tuple[Ask, float, str]]:
     """Each request at its time, whether or not those before it are answered; from receipt to answer by the daemon's own
@@ -161,6 +161,7 @@ def _payload(catalog: Catalog, samples: Mapping[str, Samples], ask: Ask, budget_
         "accuracy": kind.accuracy.value,
         "producer": f"{kind.name}-{ask.sensor}",
         "request_id": str(ask.number),
+        "metadata": {"truth": samples[kind.family].truth[ask.sample]},
     }
     name = catalog.family(kind.family).inputs[0].name
     return stack.body(about, name, samples[kind.family].inputs[ask.sample])
