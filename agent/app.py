@@ -208,6 +208,10 @@ class App:
             since_s = round(self._clock.monotonic() - link.since, 3)
             state = "up" if link.connected else "down"
             parts.append({"name": "mqtt door", "state": state, "reason": link.reason, "since_s": since_s})
+        if self._config.shadow.rate:
+            adrift = [alarm.variant.name for alarm in self.accuracies.states() if alarm.active]
+            reason = f"{', '.join(adrift)}: agree less with the cloud than they did" if adrift else ""
+            parts.append({"name": "drift", "state": "degraded" if adrift else "up", "reason": reason})
         trouble = self.cache.problem()
         parts.append({"name": "cache", "state": "degraded" if trouble else "up", "reason": trouble})
         if self.trace:

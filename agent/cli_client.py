@@ -34,6 +34,11 @@ def add_parsers(commands: Any) -> None:
     infer.add_argument("--priority", type=int)
     infer.add_argument("--variant", help="only this variant will do")
     infer.add_argument(
+        "--accuracy",
+        choices=("high", "acceptable", "adaptive"),
+        help="how right the answer has to be (docs/cascade.md)",
+    )
+    infer.add_argument(
         "--no-cache",
         action="store_true",
         help="take no fresh answer from the cache; an earlier one, marked STALE, still comes when nothing can be asked",
@@ -60,6 +65,7 @@ def _infer(args: argparse.Namespace) -> int:
         "deadline_ms": args.deadline_ms,
         "priority": args.priority,
         "variant": args.variant,
+        "accuracy": args.accuracy,
     }
     document |= {key: value for key, value in options.items() if value is not None}
     if args.no_cache:
@@ -76,10 +82,11 @@ def _infer(args: argparse.Namespace) -> int:
 
 def _show_answer(answer: dict[str, Any]) -> None:
     sure = "confidence unknown" if answer["confidence"] is None else f"{answer['confidence']:.1%} sure"
+    how = {"escalated": "; a small model was not", "held": "; no more accurate model answered"}
     earlier = "" if answer["same_input"] else ": answer to an earlier input"
     age = f", {answer['age_s']:.0f} s old" if answer["cached"] else ""
     stale = " STALE" if answer["stale"] else ""
-    print(f"{answer['label']}  ({sure}{earlier}{age}){stale}")
+    print(f"{answer['label']}  ({sure}{how.get(answer['escalation'], '')}{earlier}{age}){stale}")
     timing = answer["timing_ms"]
     print(f"  by       {answer['tier']} ({answer['target']}), {answer['provider']}")
     print(f"  model    {answer['model']}/{answer['variant']}  {answer['model_sha256'][:16]}")

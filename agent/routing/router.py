@@ -139,6 +139,9 @@ class Router:
         variants: dict[Play, Variant] = {}
         candidates: list[Candidate] = []
         latest, previous, kind = 0, None, (request.latency_class, request.accuracy)
+        cascade = (
+            request.accuracy is AccuracyMode.ADAPTIVE and request.variant is None and self._settings.policy == "utility"
+        )
         for state in self._states.values():
             able = state.target.variants_for(family, request.variant)
             if among is not None:
@@ -149,7 +152,7 @@ class Router:
             for variant in able:
                 play, record = state.play(variant), state.record(variant)
                 variants[play] = variant
-                candidates.append(_candidate(state, variant, play, record, facts, asking, now))
+                candidates.append(_candidate(state, variant, play, record, facts, asking, now, cascade=cascade))
                 chosen = record.chosen.get(kind, 0)
                 if chosen > latest:
                     latest, previous = chosen, play
@@ -265,11 +268,11 @@ def _candidate(
     facts: _Facts,
     asking: Asking,
     now: float,
+    *,
+    cascade: bool,
 ) -> Candidate:
     traits, in_flight = state.traits, state.in_flight
-    request, accuracy = asking.request, state.accuracy_of(variant)
-    if request.accuracy is AccuracyMode.ADAPTIVE and request.variant is None:
-        accuracy = min(1.0, accuracy + variant.cascade_gain)
+    accuracy = min(1.0, state.accuracy_of(variant) + (variant.cascade_gain if cascade else 0.0))
     estimate = record.estimate(now, in_flight, traits.parallel, traits.cost_usd, accuracy)
     unavailable, broken, limit = facts
     return Candidate(

@@ -263,9 +263,19 @@ async def test_acceptable_takes_what_routing_prefers_above_the_floor(tiers: Tier
 
 async def test_acceptable_never_asks_below_the_floor(tiers: Tiers, clock: ManualClock) -> None:
     tiers.gpu.state, tiers.mcu.state, tiers.cloud.state = UNPLUGGED, AVAILABLE, UNPLUGGED
-    with pytest.raises(NoAnswer):
+    with pytest.raises(NoAnswer) as caught:
         await run(tiers, clock, floor=0.95, accuracy=AccuracyMode.ACCEPTABLE)
     assert not tiers.mcu.asked
+    assert caught.value.reasons[-1] == "not asked: small: below accuracy.floor 0.95"
+
+
+@pytest.mark.parametrize(("policy", "gain"), [("utility", 0.025), ("scorecard", 0.0)])
+async def test_a_first_stage_counts_as_right_as_the_cascade(clock: ManualClock, policy: str, gain: float) -> None:
+    tiers = Tiers(clock, policy=policy)
+    for mode, more in ((AccuracyMode.ADAPTIVE, gain), (AccuracyMode.HIGH, 0.0)):
+        decision, _ = tiers.router.decide(make_request(clock, accuracy=mode), tiers.family, clock.monotonic())
+        (judged,) = (one for one in decision.judged if one.variant == "medium")
+        assert judged.estimate.accuracy == pytest.approx(0.96 + more)
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
