@@ -131,7 +131,7 @@ class _StandIns:
         if outcome.get("escalation") and first in self._sure and (fits & ~self._sure[first]).any():
             fits &= ~self._sure[first]
         possible = np.flatnonzero(fits) if fits.any() else np.arange(len(self._truth))
-        turn = int(record.request["input"]["digest"][:8], 16) % len(possible)
+        turn = int(record.request["input"]["digest"], 16) % len(possible)
         possible = np.roll(possible, turn)
         if variant in self._sureness and confidence is not None:
             return int(possible[np.argmin(np.abs(self._sureness[variant][possible] - confidence))])
@@ -145,7 +145,7 @@ def _played(heldout: Samples, chosen: Sequence[tuple[Record, int]]) -> Samples:
     indices = [index for _, index in chosen]
 
     def tensor(record: Record) -> Tensor:
-        seed = int(record.request["input"]["digest"][:16], 16)
+        seed = int(record.request["input"]["digest"], 16)
         return np.random.default_rng(seed).random(shape).astype(np.float32)
 
     return Samples(
