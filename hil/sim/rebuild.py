@@ -52,7 +52,7 @@ def rebuild(trace: Trace, catalog: Catalog, heldout: Mapping[str, Samples], ship
     asks = []
     for record in trace.records:
         family = record.request["model"]
-        asks.append(Ask(record.number, record.at_s, record.kind, record.number, len(chosen[family])))
+        asks.append(Ask(record.number, record.at_s, record.kind, 0, len(chosen[family])))
         chosen[family].append((record, stand_ins[family].index(record)))
     times, known, estimated = _times(trace, shipped)
     filled = [f"times of {play} are the daemon's estimates: it never answered" for play in sorted(estimated)]
