@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from agent import __version__, cli_client, cli_mcu, cli_models, cli_worker
+from agent import __version__, cli_client, cli_explain, cli_mcu, cli_models, cli_sim, cli_worker
 from agent.core.errors import ConfigError, EdgeAgentError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
 
     cli_client.add_parsers(commands)
+    cli_explain.add_parser(commands)
     cli_mcu.add_parser(commands)
     cli_worker.add_parser(commands)
 
@@ -66,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_later("hil.bench.main"))
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     bench.add_argument("--seconds", type=float, default=3.0, metavar="N", help="for each measurement (default 3)")
+    cli_sim.add_benches(bench, _later)
+    cli_sim.add_parsers(commands, _later)
     bench.add_argument("--only", action="append", metavar="NAME", help="pipeline, mqtt, http, mcu, wire or start")
     return parser
 

@@ -34,6 +34,11 @@ def add_parsers(commands: Any) -> None:
     infer.add_argument("--priority", type=int)
     infer.add_argument("--variant", help="only this variant will do")
     infer.add_argument(
+        "--accuracy",
+        choices=("high", "acceptable", "adaptive"),
+        help="how right the answer has to be (docs/cascade.md)",
+    )
+    infer.add_argument(
         "--no-cache",
         action="store_true",
         help="take no fresh answer from the cache; an earlier one, marked STALE, still comes when nothing can be asked",
@@ -60,26 +65,28 @@ def _infer(args: argparse.Namespace) -> int:
         "deadline_ms": args.deadline_ms,
         "priority": args.priority,
         "variant": args.variant,
+        "accuracy": args.accuracy,
     }
     document |= {key: value for key, value in options.items() if value is not None}
     if args.no_cache:
         document["use_cache"] = False
-    code, answer = _call(f"{args.url}/infer", document)
+    code, answer = call(f"{args.url}/infer", document)
     if args.json:
         print(json.dumps(answer, indent=2))
     elif code == 200:
         _show_answer(answer)
     if code != 200:
-        return EXIT_FAILED if args.json else _refused(answer)
+        return EXIT_FAILED if args.json else refused(answer)
     return EXIT_STALE if args.fresh and answer["stale"] else EXIT_OK
 
 
 def _show_answer(answer: dict[str, Any]) -> None:
     sure = "confidence unknown" if answer["confidence"] is None else f"{answer['confidence']:.1%} sure"
+    how = {"escalated": "; a small model was not", "held": "; no more accurate model answered"}
     earlier = "" if answer["same_input"] else ": answer to an earlier input"
     age = f", {answer['age_s']:.0f} s old" if answer["cached"] else ""
     stale = " STALE" if answer["stale"] else ""
-    print(f"{answer['label']}  ({sure}{earlier}{age}){stale}")
+    print(f"{answer['label']}  ({sure}{how.get(answer['escalation'], '')}{earlier}{age}){stale}")
     timing = answer["timing_ms"]
     print(f"  by       {answer['tier']} ({answer['target']}), {answer['provider']}")
     print(f"  model    {answer['model']}/{answer['variant']}  {answer['model_sha256'][:16]}")
@@ -90,7 +97,7 @@ def _show_answer(answer: dict[str, Any]) -> None:
         print(f"  why      {reason}")
 
 
-def _refused(answer: dict[str, Any]) -> int:
+def refused(answer: dict[str, Any]) -> int:
     """One line that says what is wrong, then why, on standard error."""
     error = answer.get("error")
     error = error if isinstance(error, dict) else {"message": str(answer)[:200]}
@@ -105,12 +112,12 @@ def _refused(answer: dict[str, Any]) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    code, status = _call(f"{args.url}/status", None)
+    code, status = call(f"{args.url}/status", None)
     if args.json:
         print(json.dumps(status, indent=2))
         return EXIT_OK if code == 200 else EXIT_FAILED
     if code != 200:
-        return _refused(status)
+        return refused(status)
     ready = "ready" if status["ready"] else f"NOT READY: {status['reason']}"
     print(f"{status['gateway']}: {ready}, up {status['uptime_s']:.0f} s, version {status['version']}")
     for target in status["targets"]:
@@ -124,12 +131,24 @@ def _status(args: argparse.Namespace) -> int:
     for part in status["components"]:
         if part["state"] != "up" and part["name"] not in shown:
             print(f"  {part['state'].upper()} {part['name']}" + (f": {part['reason']}" if part["reason"] else ""))
+    for budget in status.get("budgets", ()):
+        print(f"  {_budget(budget)}")
     counters = status["counters"]
     print(
         f"  {counters['answered']} answered, {counters['refused']} refused, {counters['cached']} from the cache, "
         f"{counters['stale']} stale, {counters['malformed']} malformed, {counters['cost_usd']:g} USD"
     )
     return EXIT_OK
+
+
+def _budget(budget: dict[str, Any]) -> str:
+    """One limit: what is left of it, and whether it is used up or only ahead of its pace."""
+    unit = {"usd": " USD", "bytes": " bytes", "requests": " requests"}[budget["unit"]]
+    left, at_once = budget["left"], budget["left_now"]
+    pace = "" if at_once == left else f", {at_once:.10g}{unit} at once"
+    state = "DONE  " if not left else "budget"
+    lane = f" of {budget['lane']}" if budget["lane"] else ""
+    return f"{state} {left:.10g} of {budget['limit']:.10g}{unit} per {budget['window']}{lane} left{pace}"
 
 
 def _document(path: Path, index: int | None) -> dict[str, Any] | None:
@@ -182,7 +201,7 @@ def _decoded(data: bytes) -> Any:
         raise ValueError("is not JSON of any use: nested too deeply") from None
 
 
-def _call(url: str, document: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
+def call(url: str, document: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
     """HTTP status and decoded body. A daemon that cannot be reached exits with a sentence."""
     if not url.startswith(("http://", "https://")):
         raise SystemExit(f"edge-agent: {url}: must begin with http:// or https://")

@@ -1,4 +1,4 @@
-"""`edge-agent models`: list a catalogue, make keys, sign models and check signatures."""
+"""`edge-agent models`: list a catalogue, calibrate it, make keys, sign models and check signatures."""
 
 from __future__ import annotations
 
@@ -17,10 +17,28 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
 def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     """Add `models` and its subcommands to those of `edge-agent`."""
-    models = commands.add_parser("models", help="list the models of a catalogue; sign models for microcontrollers")
+    models = commands.add_parser("models", help="list the models of a catalogue; calibrate them; sign them")
     models.add_argument("--catalog", type=Path, metavar="FILE")
     models.set_defaults(run=_list)
     actions = models.add_subparsers(dest="action", metavar="ACTION")
+
+    calibrate = actions.add_parser(
+        "calibrate",
+        help="fit confidence and thresholds of a family to its held-out data and write them into the catalogue",
+    )
+    calibrate.add_argument("family", metavar="FAMILY")
+    calibrate.add_argument("--catalog", type=Path, metavar="FILE", default=argparse.SUPPRESS)
+    calibrate.add_argument(
+        "--max-loss",
+        type=float,
+        default=0.005,
+        metavar="SHARE",
+        help="answers that may become wrong by not asking the most accurate variant (default 0.005)",
+    )
+    calibrate.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the catalogue differs")
+    calibrate.add_argument("--json", type=Path, metavar="FILE", help="write the figures and the curves here")
+    calibrate.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy against offload (extra `proof`)")
+    calibrate.set_defaults(run=_calibrate)
 
     which = argparse.ArgumentParser(add_help=False)
     which.add_argument("model", metavar="FAMILY[/VARIANT] | FILE.tflite")
@@ -51,14 +69,25 @@ def _list(args: argparse.Namespace) -> int:
     from agent.registry.locate import catalog_path
 
     catalog = load_catalog(catalog_path(args.catalog))
-    print(f"{'model':24} {'targets':20} {'format':7} {'bytes':>9} {'parameters':>10} {'accuracy':>9}  sha256")
+    print(
+        f"{'model':24} {'targets':20} {'format':7} {'bytes':>9} {'parameters':>10} {'accuracy':>9} {'sure from':>9}  "
+        "sha256"
+    )
     for family in catalog.families.values():
         for variant in family.variants.values():
+            cascade = None if variant.calibration is None else variant.calibration.cascade
             print(
                 f"{variant.name:24} {','.join(variant.targets):20} {variant.format:7} {variant.bytes:9} "
-                f"{variant.parameters:10} {variant.accuracy.value:9.4f}  {variant.sha256[:16]}"
+                f"{variant.parameters:10} {variant.accuracy.value:9.4f} "
+                f"{'-' if cascade is None else f'{cascade.threshold:.4f}':>9}  {variant.sha256[:16]}"
             )
     return EXIT_OK
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from agent.cli_calibrate import run
+
+    return run(args)
 
 
 def _keygen(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MAX_LINES = 450
-GENERATED = ("tests/vectors/frames.json", "LICENSE")
+GENERATED = ("tests/vectors/frames.json", "hil/sim/tiers.json", "docs/routing-proof.json", "LICENSE")
 BINARY = {".npz", ".tflite", ".onnx", ".png", ".ico", ".bin"}
 
 FLOORS: tuple[tuple[str, ...], ...] = (
@@ -38,12 +38,22 @@ EXCEPTIONS: dict[tuple[str, str], str] = {}
 
 NO_IO = (
     "agent.wire",
+    "agent.routing.decision",
     "agent.routing.policy",
+    "agent.routing.scorecard",
+    "agent.routing.utility",
     "agent.routing.breaker",
+    "agent.routing.budget",
     "agent.routing.estimate",
+    "agent.routing.limits",
+    "agent.routing.line",
+    "agent.routing.meter",
     "agent.link.backoff",
     "agent.link.timesync",
     "agent.registry.tensors",
+    "agent.registry.calibration",
+    "agent.registry.fitting",
+    "agent.registry.confidence",
     "agent.core.types",
     "agent.core.errors",
 )
