@@ -210,8 +210,8 @@ class TrackRecord:
         self._kept: Estimate | None = None
         self._kept_for: tuple[int, int, float, float] = (-1, 0, 0.0, 0.0)
         self._kept_from = self._kept_until = 0.0
-        self.chosen: dict[str, int] = {}
-        """By latency class: the number of the latest decision that put it first."""
+        self.chosen: dict[tuple[str, str], int] = {}
+        """By latency class and accuracy mode: the number of the latest decision that put it first."""
         self.passed_over = 0
         """Requests that could have asked it since it was asked last."""
 

@@ -138,7 +138,7 @@ class Router:
         asking = Asking(request, family, end, self._clock, self._budgets)
         variants: dict[Play, Variant] = {}
         candidates: list[Candidate] = []
-        latest, previous = 0, None
+        latest, previous, kind = 0, None, (request.latency_class, request.accuracy)
         cascade = (
             request.accuracy is AccuracyMode.ADAPTIVE and request.variant is None and self._settings.policy == "utility"
         )
@@ -153,7 +153,7 @@ class Router:
                 play, record = state.play(variant), state.record(variant)
                 variants[play] = variant
                 candidates.append(_candidate(state, variant, play, record, facts, asking, now, cascade=cascade))
-                chosen = record.chosen.get(request.latency_class, 0)
+                chosen = record.chosen.get(kind, 0)
                 if chosen > latest:
                     latest, previous = chosen, play
             if not able:
@@ -184,22 +184,22 @@ class Router:
         """
         end = request.deadline if deadline is None else min(deadline, request.deadline)
         decision, variants = self.decide(request, family, self._clock.monotonic(), among=among, deadline=end)
-        self._remember(request.latency_class, decision, variants)
+        self._remember(request, decision, variants)
         asking = Asking(request, family, end, self._clock, self._budgets)
         walk = Walk(asking, decision, variants, self._states, self._settings)
         if self._watcher is not None:
             self._watcher(request, decision, walk.attempts)
         return await walk.run()
 
-    def _remember(self, latency_class: LatencyClass, decision: Decision, variants: Variants) -> None:
+    def _remember(self, request: InferenceRequest, decision: Decision, variants: Variants) -> None:
         """What was chosen, for hysteresis; what was passed over, for probes."""
         self._decisions += 1
         for position, play in enumerate(decision.ranked):
             record = self._states[play.target].record(variants[play])
             if position == 0:
                 record.passed_over = 0
-                record.chosen[latency_class] = self._decisions
-            elif latency_class is not LatencyClass.REALTIME:
+                record.chosen[request.latency_class, request.accuracy] = self._decisions
+            elif request.latency_class is not LatencyClass.REALTIME:
                 record.passed_over += 1
 
     def status(self) -> list[dict[str, Any]]:

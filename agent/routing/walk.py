@@ -165,8 +165,9 @@ class Walk:
         state, variant = self._states[play.target], self._variants[play]
         now = self._asking.clock.monotonic()
         until = self._end
+        least_s = state.estimate(variant, now).p95_s + self._spare_s(now)  # one in twenty takes longer than its p95
         for reserve_s in self._reserves_s(following, now) if self._tries_left() > 1 else ():
-            if self._end - reserve_s >= now + state.estimate(variant, now).p95_s:
+            if self._end - reserve_s >= now + least_s:
                 until = self._end - reserve_s
                 break
         return Side(state, variant, self._bounded(state, until, now))
@@ -180,9 +181,13 @@ class Walk:
         ]
         if not others:
             return ()
-        share, quickest_s = RESERVE_SHARE * (self._end - now), min(others)
-        spare_s = min(GRACE_S, share)
-        return max(RESERVE_FACTOR * quickest_s, share) + spare_s, quickest_s + spare_s
+        spare_s, quickest_s = self._spare_s(now), min(others)
+        ample_s = max(RESERVE_FACTOR * quickest_s, RESERVE_SHARE * (self._end - now))
+        return ample_s + spare_s, quickest_s + spare_s
+
+    def _spare_s(self, now: float) -> float:
+        """What an attempt may overrun by, and what it is to have beyond its p95."""
+        return min(GRACE_S, RESERVE_SHARE * (self._end - now))
 
     def _bounded(self, state: TargetState, until: float, now: float | None = None) -> float:
         """By what any single attempt on the target may take."""
@@ -214,7 +219,7 @@ class Walk:
         now = self._asking.clock.monotonic()
         first_s, room_s = side.state.estimate(side.variant, now).p95_s, self._end - now
         reserves_s = self._reserves_s(following, now)
-        if not reserves_s or room_s - reserves_s[0] >= first_s:
+        if not reserves_s or room_s - reserves_s[0] >= first_s + self._spare_s(now):
             return None
         for play in following:
             state, variant = self._states[play.target], self._variants[play]
