@@ -22,7 +22,7 @@ STRATEGIES = (*BASELINES, OURS, ORACLE)
 
 def _main(args: argparse.Namespace) -> int:
     if args.validate:
-        args.runs = 3
+        args.seconds, args.runs = validate.SECONDS, validate.RUNS
         return validate.main(args)
     setting.within("--seconds", args.seconds, 10, 3600)
     stage = setting.stage(args)

@@ -52,7 +52,7 @@ def rebuild(trace: Trace, catalog: Catalog, heldout: Mapping[str, Samples], ship
     asks = []
     for record in trace.records:
         family = record.request["model"]
-        asks.append(Ask(record.number, record.at_s, record.kind, record.number, len(chosen[family])))
+        asks.append(Ask(record.number, record.at_s, record.kind, 0, len(chosen[family])))
         chosen[family].append((record, stand_ins[family].index(record)))
     times, known, estimated = _times(trace, shipped)
     filled = [f"times of {play} are the daemon's estimates: it never answered" for play in sorted(estimated)]
@@ -131,7 +131,7 @@ class _StandIns:
         if outcome.get("escalation") and first in self._sure and (fits & ~self._sure[first]).any():
             fits &= ~self._sure[first]
         possible = np.flatnonzero(fits) if fits.any() else np.arange(len(self._truth))
-        turn = int(record.request["input"]["digest"][:8], 16) % len(possible)
+        turn = int(record.request["input"]["digest"], 16) % len(possible)
         possible = np.roll(possible, turn)
         if variant in self._sureness and confidence is not None:
             return int(possible[np.argmin(np.abs(self._sureness[variant][possible] - confidence))])
@@ -145,7 +145,7 @@ def _played(heldout: Samples, chosen: Sequence[tuple[Record, int]]) -> Samples:
     indices = [index for _, index in chosen]
 
     def tensor(record: Record) -> Tensor:
-        seed = int(record.request["input"]["digest"][:16], 16)
+        seed = int(record.request["input"]["digest"], 16)
         return np.random.default_rng(seed).random(shape).astype(np.float32)
 
     return Samples(

@@ -30,6 +30,8 @@ from hil.sim.load import Ask, Load
 from hil.sim.play import Run, Scenario, Stage, class_budgets, play
 from hil.sim.setting import say
 
+SECONDS, RUNS = 20.0, 3
+"""Where nothing else is said."""
 SENSORS, RATE_HZ = 60, 0.5
 TIER_SAMPLES = 150
 """Of each variant, in each run."""

@@ -150,7 +150,10 @@ class SimTarget:
         queue_s = self._queue(variant).wait_s(now + out_s)
         lost_s = 0.0 if self.weather.gone(now) or self.weather.silent(now) else self.weather.lost_at(now) - now
         known = self._world.known_of(self._traits.name, variant, number)
-        return Plan(queue_s, service_s, link_s, lost_s if known is None else min(lost_s, known.lost_s))
+        if known is not None and known.lost_s < math.inf:
+            lost_s = min(lost_s, known.lost_s)
+            link_s += known.lost_s  # no answer before that
+        return Plan(queue_s, service_s, link_s, lost_s)
 
     async def infer(self, request: InferenceRequest, family: Family, variant: Variant, deadline: float) -> TargetAnswer:
         now = self._world.clock.monotonic()
