@@ -16,7 +16,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, fie
 
 from agent.config.base import NAME_PATTERN, TOPIC_PATTERN, ClassName, Name, Priority, Section, Substituted, Topic
 from agent.config.broker import BrokerSection, check_broker_url, check_topic_filter
-from agent.config.doors import HttpSection, MqttSection, SensorSection
+from agent.config.doors import HttpSection, MqttSection, SensorSection, TlsSection
 from agent.config.routing import (
     BreakerSection,
     LatencyThresholds,
@@ -24,11 +24,25 @@ from agent.config.routing import (
     ParameterThresholds,
     RoutingSection,
 )
+from agent.config.security import (
+    AuditField,
+    AuditSection,
+    JwtKeySection,
+    JwtSection,
+    Masking,
+    ProducerSection,
+    RateSection,
+    Role,
+    SecuritySection,
+    TokenSection,
+)
 from agent.config.tiers import CloudSection, GpuSection, LaneSection, McuSection
 
 __all__ = [
     "NAME_PATTERN",
     "TOPIC_PATTERN",
+    "AuditField",
+    "AuditSection",
     "BreakerSection",
     "BrokerSection",
     "ClassName",
@@ -38,8 +52,11 @@ __all__ = [
     "GatewaySection",
     "GpuSection",
     "HttpSection",
+    "JwtKeySection",
+    "JwtSection",
     "LaneSection",
     "LatencyThresholds",
+    "Masking",
     "McuSection",
     "ModelSizeThresholds",
     "ModelsSection",
@@ -48,10 +65,16 @@ __all__ = [
     "Name",
     "ParameterThresholds",
     "Priority",
+    "ProducerSection",
+    "RateSection",
+    "Role",
     "RoutingSection",
     "Section",
+    "SecuritySection",
     "SensorSection",
     "Substituted",
+    "TlsSection",
+    "TokenSection",
     "Topic",
     "check_broker_url",
     "check_topic_filter",
@@ -115,6 +138,8 @@ class Config(Section):
     mqtt: MqttSection = MqttSection()
     http: HttpSection = HttpSection()
     monitoring: MonitoringSection = MonitoringSection()
+    security: SecuritySection = SecuritySection()
+    producers: Mapping[Name, ProducerSection] = Field(default_factory=dict, max_length=4096)
     sensors: Mapping[str, SensorSection] = Field(default_factory=dict)
 
     @field_validator("sensors", mode="after")
@@ -124,9 +149,14 @@ class Config(Section):
             check_topic_filter(topic)
         return MappingProxyType(dict(sensors))
 
-    @field_serializer("sensors", mode="wrap")
-    def _plain(self, sensors: Mapping[str, SensorSection], dump: SerializerFunctionWrapHandler) -> Any:
-        return dump(dict(sensors))
+    @field_validator("producers", mode="after")
+    @classmethod
+    def _frozen(cls, producers: Mapping[Name, ProducerSection]) -> Mapping[Name, ProducerSection]:
+        return MappingProxyType(dict(producers))
+
+    @field_serializer("producers", "sensors", mode="wrap")
+    def _plain(self, entries: Mapping[str, Section], dump: SerializerFunctionWrapHandler) -> Any:
+        return dump(dict(entries))
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -134,6 +164,11 @@ class Config(Section):
             raise ValueError("no tier can answer: configure edge_mcu.ports, edge_gpu or cloud.lanes")
         if not self.http.enabled and not self.mqtt.enabled:
             raise ValueError("no door is open: enable http or mqtt")
+        if self.http.enabled and not self.http.on_loopback and not self.security.has_tokens:
+            raise ValueError(
+                f"http.host {self.http.host!r} is not loopback: give security.tokens or security.jwt "
+                "(`edge-agent token new` makes a token)"
+            )
         if self.sensors and not self.mqtt.enabled:
             raise ValueError("sensors need mqtt.enabled: true")
         return self

@@ -152,10 +152,10 @@ class Packed(Properties):
 
 
 def tls_context(options: LinkOptions) -> ssl.SSLContext:
-    """TLS 1.2 or later, checking the broker's name and certificate. Raises `LinkError`."""
+    """TLS 1.3, checking the broker's name and certificate. Raises `LinkError`."""
     try:
         context = ssl.create_default_context(cafile=options.ca_file)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
         if options.cert_file is not None:
             context.load_cert_chain(options.cert_file, options.key_file)
     except (OSError, ssl.SSLError) as error:
