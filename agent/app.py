@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import signal
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -27,6 +28,9 @@ from agent.routing.admission import Admission
 from agent.routing.router import Router
 from agent.runtimes.base import RuntimeUnavailable
 from agent.sdnotify import Notifier
+from agent.security.access import Guard
+from agent.security.audit import Audit
+from agent.security.certificates import Certificate, Watch, peer_certificate
 from agent.store.cache import ResultCache
 from agent.supervisor import Component, ComponentState, Supervisor
 from agent.targets.base import Target
@@ -38,6 +42,8 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 """How often the loop shows that it turns; its lateness is exported as loop lag."""
+SECURITY_S = 60.0
+"""How often certificates are looked at."""
 STALL_S = 10.0
 """A supervised task that has not gone round its loop for this long keeps the watchdog from being fed."""
 
@@ -80,8 +86,16 @@ class App:
         self.cache = ResultCache(config.fallback, config.gateway.state_dir / "cache.sqlite", catalog, clock)
         self.pipeline = Pipeline(catalog, self.router, self.cache, self.metrics, clock, config.routing)
         slowest_ms = max((lane.timeout_ms for lane in config.cloud.lanes), default=config.edge_gpu.timeout_ms)
-        self.admission = Admission(catalog, config.routing, clock, slowest_ms / 1e3)
-        self.http = HttpServer(create_app(self, self.metrics, config.http, self.recent), config.http)
+        self.admission = Admission(catalog, config.routing, clock, slowest_ms / 1e3, config.producers)
+        regions = {target.traits.name: target.traits.region for target in self.targets}
+        audit = config.security.audit
+        self.audit = Audit(audit, config.gateway.state_dir, clock, regions) if audit.enabled else None
+        self.guard = Guard(config.security, clock, config.producers, self.audit)
+        self.certificates = Watch(_certificate_files(config), config.security.certificate_warn_days)
+        application = create_app(self, self.metrics, config.http, self.recent, clock, self.guard)
+        self.http = HttpServer(
+            application, config.http, lambda error, address: self.guard.refused("http", error, address=address)
+        )
         self.mqtt = self._mqtt_door() if config.mqtt.enabled else None
         self.metrics.watch(self.status)
         self._lag_s = 0.0
@@ -97,12 +111,28 @@ class App:
             self.metrics,
             self._clock,
             status_interval_s=config.monitoring.status_interval_s,
+            guard=self.guard,
         )
 
     # What the doors need: ingress.base.Core.
 
     async def infer(self, request: InferenceRequest) -> InferenceResult:
-        return await self.pipeline.infer(request)
+        audit = self.audit
+        if audit is None:
+            return await self.pipeline.infer(request)
+        try:
+            audit.require()
+        except InferenceError as error:
+            error.request_id = request.id
+            self.guard.refused("daemon", error, who=request.asked_by)
+            raise
+        try:
+            result = await self.pipeline.infer(request)
+        except InferenceError as error:
+            audit.request(request, error)
+            raise
+        audit.request(request, result)
+        return result
 
     def ready(self) -> tuple[bool, str]:
         if self._stopping.is_set():
@@ -128,6 +158,8 @@ class App:
                 "http": self.http.status() if self._config.http.enabled else None,
                 "mqtt": self.mqtt.status() if self.mqtt else None,
             },
+            "security": {**self.guard.status(), "audit": self.audit.status() if self.audit else None},
+            "certificates": self.certificates.status(),
             "components": [*self.supervisor.status(), *self._parts(), *_target_components(targets)],
             "load": {**self.load.latest, "loop_lag_ms": round(self._lag_s * 1e3, 3)},
         }
@@ -144,6 +176,9 @@ class App:
             parts.append({"name": "mqtt door", "state": state, "reason": link.reason, "since_s": since_s})
         trouble = self.cache.problem()
         parts.append({"name": "cache", "state": "degraded" if trouble else "up", "reason": trouble})
+        if self.audit:
+            trouble = self.audit.problem()
+            parts.append({"name": "audit", "state": "degraded" if trouble else "up", "reason": trouble})
         return parts
 
     def recent(self) -> list[dict[str, Any]]:
@@ -155,6 +190,10 @@ class App:
     async def start(self) -> None:
         """Open the store, connect the targets, then open the doors. Raises `ConfigError` if that is impossible."""
         self.cache.open()
+        if self.audit:
+            self.audit.open()
+            configuration = hashlib.sha256(self._config.model_dump_json().encode()).hexdigest()
+            self.audit.act("start", version=__version__, configuration=configuration)
         try:
             await asyncio.gather(*(target.start() for target in self.targets))
         except RuntimeUnavailable as error:
@@ -162,6 +201,7 @@ class App:
         self._warm_up()
         self.supervisor.spawn("load", self._sample_load, stall_s=STALL_S + self._config.monitoring.sample_interval_s)
         self.supervisor.spawn("loop", self._heartbeat, stall_s=STALL_S)
+        self.supervisor.spawn("certificates", self._watch_certificates, stall_s=SECURITY_S + STALL_S)
         if self._config.http.enabled:
             port = await self.http.start()
             log.info("http door open", extra={"host": self._config.http.host, "port": port})
@@ -187,6 +227,9 @@ class App:
         await self.supervisor.stop()
         await asyncio.gather(*(target.stop() for target in self.targets))
         await asyncio.to_thread(self.cache.close)
+        if self.audit:
+            self.audit.act("stop")
+            await asyncio.to_thread(self.audit.close)
 
     def _warm_up(self) -> None:
         """Admit and rank one request for each model, and run none: code that runs for the first time takes
@@ -201,6 +244,27 @@ class App:
             self.load.sample()
             component.set(ComponentState.UP)
             await asyncio.sleep(self._config.monitoring.sample_interval_s)
+
+    async def _watch_certificates(self, component: Component) -> None:
+        """Those in files and those of brokers; a renewed one of the HTTP door is taken. Tells what the guard held
+        back, too."""
+        while True:
+            now, now_wall = self._clock.monotonic(), self._clock.wall()
+            alarms = await asyncio.to_thread(self.certificates.look, self._broker_certificates(), now, now_wall)
+            try:
+                if self.http.renew_certificate():
+                    log.info("certificate renewed", extra={"certificate": "http.tls"})
+            except ConfigError as error:
+                alarms.append(str(error))
+            component.set(ComponentState.DEGRADED if alarms else ComponentState.UP, "; ".join(alarms))
+            self.guard.flush()
+            await asyncio.sleep(SECURITY_S)
+
+    def _broker_certificates(self) -> list[Certificate]:
+        links = {"mqtt broker": self.mqtt.link} if self.mqtt else {}
+        links |= {f"{target.traits.name} broker": target.link for target in self.targets if hasattr(target, "link")}
+        shown = [peer_certificate(name, link.peer_certificate) for name, link in links.items()]
+        return [certificate for certificate in shown if certificate is not None]
 
     async def _heartbeat(self, component: Component) -> None:
         """Turns with the loop and measures how late it does."""
@@ -268,6 +332,21 @@ def _loop_runner() -> Callable[[Coroutine[Any, Any, int]], int]:
         return asyncio.run
     runner: Callable[[Coroutine[Any, Any, int]], int] = uvloop.run
     return runner
+
+
+def _certificate_files(config: Config) -> dict[str, Path]:
+    """Every certificate that the configuration names, by its key."""
+    sections: dict[str, Any] = {f"cloud.lanes.{lane.name}": lane for lane in config.cloud.lanes}
+    if config.mqtt.enabled:
+        sections["mqtt"] = config.mqtt
+    if config.http.enabled and config.http.tls is not None:
+        sections["http.tls"] = config.http.tls
+    named = {
+        f"{at}.{key}": getattr(section, key, None)
+        for at, section in sections.items()
+        for key in ("cert_file", "ca_file")
+    }
+    return {name: path for name, path in named.items() if path is not None}
 
 
 def _target_components(targets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from agent import __version__, cli_client, cli_mcu, cli_worker
+from agent import __version__, cli_client, cli_mcu, cli_security, cli_worker
 from agent.core.errors import ConfigError, EdgeAgentError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_client.add_parsers(commands)
     cli_mcu.add_parser(commands)
     cli_worker.add_parser(commands)
+    cli_security.add_parsers(commands)
 
     models = commands.add_parser("models", help="list the models of a catalogue")
     models.add_argument("--catalog", type=Path, metavar="FILE")

@@ -36,6 +36,7 @@ class HttpServer:
         self._host = settings.host
         self.port = settings.port
         self._tls = settings.tls
+        self._certificate = None if settings.tls is None else _version(settings.tls)
         self._context = None if settings.tls is None else server_context(settings.tls)
         self._server = _Embedded(
             uvicorn.Config(
@@ -85,11 +86,15 @@ class HttpServer:
             await asyncio.wait(cancelled, timeout=1)
         self._task = None
 
-    def reload_certificate(self) -> None:
-        """Use what is in the certificate's files now for new connections. Raises `ConfigError`; the old one stays."""
-        if self._context is not None and self._tls is not None:
-            server_context(self._tls)  # first apart, so that a file written by half changes nothing
-            self._context.load_cert_chain(self._tls.cert_file, self._tls.key_file)
+    def renew_certificate(self) -> bool:
+        """Use what is in the certificate's files for new connections, if they have changed. Raises `ConfigError` if
+        that cannot be used; the old one stays."""
+        if self._context is None or self._tls is None or (version := _version(self._tls)) == self._certificate:
+            return False
+        server_context(self._tls)  # apart at first: of a pair that does not fit together nothing must be taken
+        self._context.load_cert_chain(self._tls.cert_file, self._tls.key_file, password=_no_password)
+        self._certificate = version
+        return True
 
     @property
     def connections(self) -> int:
@@ -155,6 +160,13 @@ def server_context(tls: TlsSection) -> ssl.SSLContext:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise ConfigError([f"http.tls: {tls.cert_file} and {tls.key_file} cannot be used: {reason}"]) from None
     return context
+
+
+def _version(tls: TlsSection) -> tuple[int, ...]:
+    """Changes when one of the files does."""
+    with contextlib.suppress(OSError):
+        return tls.cert_file.stat().st_mtime_ns, tls.key_file.stat().st_mtime_ns
+    return ()
 
 
 def _no_password() -> str:

@@ -35,6 +35,8 @@ RETRY_S = 1.0
 CLOSE_S = 5.0
 MAX_TEXT = 256
 """Characters of one field."""
+ADMITTED_ROOM = 100_000
+"""In `refuse` mode: for requests that were in flight when the queue became full (`routing.max_in_flight` of them)."""
 PSEUDONYM_HEX = 32
 """128 bits: no two producers of a gateway will share one."""
 MASK = "***"
@@ -138,8 +140,9 @@ class Audit:
         for field, value in entry.items():
             if type(value) is str and len(value) > MAX_TEXT:
                 entry[field] = value[:MAX_TEXT]
+        admitted = kind == "request" and self._section.on_full == "refuse"  # before the queue was full
         with self._changed:
-            if len(self._waiting) >= self._section.queue and self._section.on_full == "drop":
+            if len(self._waiting) >= self._section.queue + (ADMITTED_ROOM if admitted else 0):
                 self._dropped += 1
                 self._lost_untold += 1
                 return

@@ -26,7 +26,8 @@ class Certificate(NamedTuple):
 
 
 def read_certificate(name: str, path: Path) -> Certificate:
-    """The one in a PEM file that ends first: of a chain, that one breaks it."""
+    """The one in a PEM file that counts. Of a chain, the one that ends first, which breaks it; of a file of
+    authorities (`ca_file`), the one that ends last, for one that holds is enough."""
     from cryptography.x509 import load_pem_x509_certificates
 
     try:
@@ -36,7 +37,8 @@ def read_certificate(name: str, path: Path) -> Certificate:
         return Certificate(name, None, f"{path} cannot be read: {error.strerror or error}")
     except ValueError:
         return Certificate(name, None, f"{path} holds no certificate in PEM")
-    return Certificate(name, min(one.not_valid_after_utc.timestamp() for one in found))
+    ends = [one.not_valid_after_utc.timestamp() for one in found]
+    return Certificate(name, max(ends) if name.endswith("ca_file") else min(ends))
 
 
 def peer_certificate(name: str, decoded: Mapping[str, Any] | None) -> Certificate | None:
@@ -73,9 +75,7 @@ class Watch:
     def look(self, peers: Iterable[Certificate], now: float, now_wall: float) -> list[str]:
         """Read the files and take in the peers' (`now` monotonic). Returns the alarms. Blocks on the disk."""
         certificates = [*(read_certificate(name, path) for name, path in self._files.items()), *peers]
-        self._seen = [
-            (one, days_left(one, now_wall), alarm(one, now_wall, self._warn_days)) for one in certificates
-        ]
+        self._seen = [(one, days_left(one, now_wall), alarm(one, now_wall, self._warn_days)) for one in certificates]
         for certificate, left, text in self._seen:
             if text and now - self._told.get(certificate.name, -DAY_S) >= DAY_S:
                 self._told[certificate.name] = now
