@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from agent.core.clock import Clock
 from agent.core.errors import LinkError, ProtocolError
 from agent.wire.mqtt_properties import MessageProperties
 
-for _name in ("_handle_publish", "_handle_pubackcomp", "_do_on_publish", "_sock_recv"):
+for _name in ("_handle_publish", "_handle_pubackcomp", "_do_on_publish", "_sock_recv", "_sock_send"):
     if not hasattr(paho.Client, _name):
         raise ImportError(f"this paho-mqtt has no Client.{_name}: use one of the versions edge-agent depends on")
 
@@ -124,6 +125,16 @@ class PahoClient(paho.Client):
             self.tls_alert = error
             raise
 
+    def _sock_send(self, buf: bytes | bytearray) -> int:
+        try:
+            return super()._sock_send(buf)
+        except OSError as error:
+            if not isinstance(error, BlockingIOError) and isinstance(self._sock, ssl.SSLSocket):
+                # Closed already. Why may still be there to be read.
+                with contextlib.suppress(OSError):
+                    self._sock_recv(1)
+            raise
+
     def _handle_publish(self) -> MQTTErrorCode:
         received = self._clock.monotonic()
         header, packet = self._in_packet["command"], self._in_packet["packet"]
@@ -179,6 +190,7 @@ _ALERTS = {
     "CERTIFICATE_REVOKED": "the broker says that the client certificate was revoked",
     "UNKNOWN_CA": "the broker does not know the authority that signed the client certificate",
     "BAD_CERTIFICATE": "the broker refuses the client certificate",
+    "UNSUPPORTED_CERTIFICATE": "the broker says that the client certificate is for something else than clients",
     "CERTIFICATE_UNKNOWN": "the broker refuses the client certificate",
     "ACCESS_DENIED": "the broker refuses the client certificate",
     "HANDSHAKE_FAILURE": "the broker and this gateway have no way of TLS 1.3 in common",
