@@ -211,7 +211,7 @@ def _apply_environment(tree: dict[str, Any], environ: Mapping[str, str]) -> dict
     for variable in sorted(key for key in environ if key.startswith(ENV_PREFIX)):
         keys = tuple(variable[len(ENV_PREFIX) :].lower().split("__"))
         value: Any = environ[variable]
-        if not _SECRET_KEY.search(keys[-1]):
+        if not _SECRET_KEY.search(keys[-1]) or keys[-1] == "tokens":  # a list, which holds hashes
             with suppress(NotYaml):  # or it stays text, such as [::1]:8080
                 value = parse_yaml(value)
         _set(tree, keys, value, variable)

@@ -79,8 +79,33 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "keepalive_s": 15,
         "max_payload_bytes": 1 << 20,
         "max_in_flight": 128,
+        "shared_requests": True,
     },
-    "http": {"enabled": True, "host": "127.0.0.1", "port": 8080, "max_body_bytes": 1 << 20, "allow_remote": False},
+    "http": {
+        "enabled": True,
+        "host": "127.0.0.1",
+        "port": 8080,
+        "max_body_bytes": 1 << 20,
+        "max_connections_per_address": 64,
+        "tls": None,
+        "allow_plaintext": False,
+    },
+    "security": {"tokens": (), "jwt": None, "open_on_loopback": None, "certificate_warn_days": 30},
+    "security.limits": {"tracked": 4096},
+    "security.limits.identity": {"per_s": 2000, "burst": 4000},
+    "security.limits.producer": {"per_s": 1000, "burst": 2000},
+    "security.limits.failures": {"per_s": 0.5, "burst": 20},
+    "security.audit": {
+        "enabled": False,
+        "dir": None,
+        "max_file_bytes": 16 << 20,
+        "keep_files": 16,
+        "queue": 4096,
+        "on_full": "drop",
+        "fsync_s": 5,
+        "rules": {},
+        "key_file": None,
+    },
     "monitoring": {"log_level": "info", "log_format": "json", "status_interval_s": 10, "sample_interval_s": 2},
 }
 LANE_DEFAULTS = {
@@ -146,8 +171,8 @@ def test_defaults_by_name(section: str) -> None:
 
 
 def test_every_section_is_in_the_table_of_defaults() -> None:
-    assert {name.split(".")[0] for name in DEFAULTS} | {"sensors"} == set(Config.model_fields)
-    assert load_config(None, {}).sensors == {}
+    assert {name.split(".")[0] for name in DEFAULTS} | {"producers", "sensors"} == set(Config.model_fields)
+    assert load_config(None, {}).sensors == load_config(None, {}).producers == {}
     assert load_config(None, {}).gateway.id
 
 
