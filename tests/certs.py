@@ -1,7 +1,9 @@
-"""Certificates made for a test: an authority, and what it signs."""
+"""Certificates made for a test: an authority, what it signs, and a broker that asks for them."""
 
 from __future__ import annotations
 
+import re
+import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -13,6 +15,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from tests.brokers import MOSQUITTO, Broker, free_port
+
+DEPLOY = Path(__file__).parents[1] / "deploy" / "mosquitto"
 NOW = datetime.now(UTC).replace(microsecond=0)
 
 
@@ -101,3 +106,25 @@ def _usage(*, signs: bool) -> x509.KeyUsage:
         encipher_only=False,
         decipher_only=False,
     )
+
+
+def as_shipped(folder: Path, authority: Authority, server: Pair) -> Broker:
+    """A broker with the files of `deploy/mosquitto`, of which only places are changed."""
+    port = free_port()
+    acl = folder / "edge-agent.acl"
+    shutil.copy(DEPLOY / "edge-agent.acl", acl)
+    text = (DEPLOY / "edge-agent-tls.conf").read_text()
+    changes = {
+        "listener 8883": f"listener {port} 127.0.0.1",
+        "/etc/mosquitto/certs/ca.crt": str(authority.ca),
+        "/etc/mosquitto/certs/broker.crt": str(server.cert),
+        "/etc/mosquitto/certs/broker.key": str(server.key),
+        "/etc/mosquitto/edge-agent.acl": str(acl),
+        "persistence true": "persistence false\nuser root",
+    }
+    for old, new in changes.items():
+        assert re.search(rf"^[^#]*{re.escape(old)}$", text, re.MULTILINE), old
+        text = text.replace(old, new)
+    config = folder / "mosquitto.conf"
+    config.write_text(f"log_dest stderr\n{text}")
+    return Broker([str(MOSQUITTO), "-c", str(config)], port, "mosquitto", folder / "mosquitto.log")

@@ -120,7 +120,8 @@ class Guard:
         why = next(iter(getattr(error, "__notes__", ())), None)
         fields = {"door": door, "who": who, "from": address, "outcome": error.code, "field": error.field, "reason": why}
         fields = {name: value for name, value in fields.items() if value}
-        if self._repeats.admit((door, who, network(address), error.code), fields, self._clock.monotonic()):
+        kind = (door, who, network(address), error.code, why)  # not the field, which whoever asks may choose
+        if self._repeats.admit(kind, fields, self._clock.monotonic()):
             self._tell(fields)
         self.flush()
 

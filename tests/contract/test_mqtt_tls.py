@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import re
-import shutil
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
@@ -22,40 +21,17 @@ from agent.link.mqtt import LinkOptions, LinkState, Message, MessageProperties, 
 from agent.security.access import Guard
 from agent.security.certificates import Watch, peer_certificate
 from agent.telemetry.metrics import Metrics
-from tests.brokers import MOSQUITTO, Broker, free_port, mosquitto, running, until
-from tests.certs import Authority, Pair
+from tests.brokers import MOSQUITTO, Broker, mosquitto, running, until
+from tests.certs import Authority, Pair, as_shipped
 from tests.unit.mqtt_fakes import FakeCore
 
 pytestmark = pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
-DEPLOY = Path(__file__).parents[2] / "deploy" / "mosquitto"
 WAIT_S = 10.0
 
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
     return Authority(tmp_path / "ca")
-
-
-def as_shipped(folder: Path, authority: Authority, server: Pair) -> Broker:
-    """A broker with the files of `deploy/mosquitto`, of which only places are changed."""
-    port = free_port()
-    acl = folder / "edge-agent.acl"
-    shutil.copy(DEPLOY / "edge-agent.acl", acl)
-    text = (DEPLOY / "edge-agent-tls.conf").read_text()
-    changes = {
-        "listener 8883": f"listener {port} 127.0.0.1",
-        "/etc/mosquitto/certs/ca.crt": str(authority.ca),
-        "/etc/mosquitto/certs/broker.crt": str(server.cert),
-        "/etc/mosquitto/certs/broker.key": str(server.key),
-        "/etc/mosquitto/edge-agent.acl": str(acl),
-        "persistence true": "persistence false\nuser root",
-    }
-    for old, new in changes.items():
-        assert re.search(rf"^[^#]*{re.escape(old)}$", text, re.MULTILINE), old
-        text = text.replace(old, new)
-    config = folder / "mosquitto.conf"
-    config.write_text(f"log_dest stderr\n{text}")
-    return Broker([str(MOSQUITTO), "-c", str(config)], port, "mosquitto", folder / "mosquitto.log")
 
 
 @pytest.fixture

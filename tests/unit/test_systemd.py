@@ -141,7 +141,11 @@ def _without_references(node: Any) -> Any:
         return {key: _without_references(value) for key, value in node.items()}
     if isinstance(node, list):
         return [_without_references(value) for value in node]
-    return node.replace("${credential:", "").replace("${CREDENTIALS_DIRECTORY", "").replace("}", "") if isinstance(node, str) else node
+    return (
+        node.replace("${credential:", "").replace("${CREDENTIALS_DIRECTORY", "").replace("}", "")
+        if isinstance(node, str)
+        else node
+    )
 
 
 @pytest.mark.parametrize("name", ["edge-agent.env", "worker.env"])
