@@ -6,6 +6,7 @@ import ipaddress
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from agent.config import ProducerSection, Role, SecuritySection
@@ -175,6 +176,7 @@ def network(address: str) -> str:
         return address
 
 
+@lru_cache(maxsize=256)
 def _foreign(host: str) -> bool:
     """Whether a Host header may be the name of a page somewhere else: a name with a dot that is no address. A browser
     reaches loopback under such a name only if that page's name server says so."""

@@ -11,7 +11,7 @@ import hmac
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -42,6 +42,8 @@ PSEUDONYM_HEX = 32
 MASK = "***"
 
 Mask = Callable[[str], str]
+_Event = tuple[float, str, Mapping[str, Any]]
+"""Wall time, kind, fields: as it happened, for the thread to make a line of."""
 
 
 def pseudonym(key: bytes, value: str) -> str:
@@ -68,7 +70,7 @@ class Audit:
         self._regions = regions
         self._masks = _masks(section, load_key(section))
         self._files = AuditFiles(self.folder, section.max_file_bytes, section.keep_files)
-        self._waiting: deque[Mapping[str, Any]] = deque()
+        self._waiting: deque[_Event] = deque()
         self._changed = threading.Condition()
         self._closing = False
         self._opened = False
@@ -133,13 +135,6 @@ class Audit:
         self._put("act", {"what": what, **fields})
 
     def _put(self, kind: str, fields: Mapping[str, Any]) -> None:
-        entry = {"at": _stamp(self._clock.wall()), "kind": kind, **fields}
-        for field, mask in self._masks.items():
-            if entry.get(field) is not None:
-                entry[field] = mask(str(entry[field]))
-        for field, value in entry.items():
-            if type(value) is str and len(value) > MAX_TEXT:
-                entry[field] = value[:MAX_TEXT]
         admitted = kind == "request" and self._section.on_full == "refuse"  # before the queue was full
         with self._changed:
             if len(self._waiting) >= self._section.queue + (ADMITTED_ROOM if admitted else 0):
@@ -148,7 +143,7 @@ class Audit:
                 return
             if not self._waiting:
                 self._changed.notify_all()
-            self._waiting.append(entry)
+            self._waiting.append((self._clock.wall(), kind, fields))
 
     # --- state ---
 
@@ -202,12 +197,12 @@ class Audit:
             return None if self._opened else 0.0
         return max(0.0, synced_at + self._section.fsync_s - self._clock.monotonic())
 
-    def _write(self, batch: list[Mapping[str, Any]], lost: int) -> None:
+    def _write(self, batch: Sequence[_Event], lost: int) -> None:
         if not self._opened:
             self._open_files()
-        gap = [{"at": _stamp(self._clock.wall()), "kind": "gap", "lost": lost}] if lost else []
+        gap = [self._entry(self._clock.wall(), "gap", {"lost": lost})] if lost else []
         if batch or gap:
-            self._files.append([*gap, *batch])
+            self._files.append([*gap, *(self._entry(*event) for event in batch)])
         with self._changed:
             for _ in batch:
                 self._waiting.popleft()
@@ -215,6 +210,15 @@ class Audit:
         if self._problem:
             log.info("audit trail is written again")
             self._problem = ""
+
+    def _entry(self, wall: float, kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """What is written: masked, and cut to size."""
+        at = datetime.fromtimestamp(wall, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        entry = {"at": at, "kind": kind, **fields}
+        for field, mask in self._masks.items():
+            if entry.get(field) is not None:
+                entry[field] = mask(str(entry[field]))
+        return {key: value[:MAX_TEXT] if type(value) is str else value for key, value in entry.items()}
 
     def _open_files(self) -> None:
         """A last file that is no chain is set aside, and the chain goes on from the one before it."""
@@ -231,7 +235,7 @@ class Audit:
                 log.error("audit trail damaged", extra={"file": damaged.name, "reason": str(error)})
         if torn or self._set_aside:
             found = {"torn_bytes": torn, "set_aside": self._set_aside}
-            self._files.append([{"at": _stamp(self._clock.wall()), "kind": "act", "what": "audit resumed", **found}])
+            self._files.append([self._entry(self._clock.wall(), "act", {"what": "audit resumed", **found})])
         self._opened = True
 
     def _failed(self, reason: str) -> None:
@@ -250,8 +254,3 @@ def _masks(section: AuditSection, key: bytes | None) -> dict[str, Mask]:
         elif rule == "pseudonym" and key is not None:
             masks[field] = lambda value, key=key: pseudonym(key, value)  # type: ignore[misc]
     return masks
-
-
-def _stamp(wall: float) -> str:
-    """RFC 3339 in UTC with milliseconds."""
-    return datetime.fromtimestamp(wall, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -25,7 +25,7 @@ def config(folder: Path, **sections: Any) -> dict[str, Any]:
         "gateway": {"id": GATEWAY, "state_dir": str(folder / "state")},
         "http": {"port": free_port()},
         "mqtt": {"enabled": False},
-        "security": {"limits": {"identity": unbound, "producer": unbound}},
+        "security": {"limits": {"identity": unbound, "producer": dict(unbound)}},
         **sections,
     }
 
