@@ -21,6 +21,7 @@ from agent.core.types import InferenceRequest, InferenceResult
 from agent.ingress.http import create_app
 from agent.ingress.http_server import HttpServer
 from agent.ingress.mqtt import MqttDoor
+from agent.link.mqtt import MqttLink
 from agent.pipeline import Pipeline
 from agent.registry.catalog import Catalog, load_catalog
 from agent.registry.locate import catalog_path
@@ -130,6 +131,9 @@ class App:
             result = await self.pipeline.infer(request)
         except InferenceError as error:
             audit.request(request, error)
+            raise
+        except asyncio.CancelledError:  # whoever asked has gone, or the daemon stops
+            audit.request(request, None)
             raise
         audit.request(request, result)
         return result
@@ -261,9 +265,14 @@ class App:
             await asyncio.sleep(SECURITY_S)
 
     def _broker_certificates(self) -> list[Certificate]:
-        links = {"mqtt broker": self.mqtt.link} if self.mqtt else {}
-        links |= {f"{target.traits.name} broker": target.link for target in self.targets if hasattr(target, "link")}
-        shown = [peer_certificate(name, link.peer_certificate) for name, link in links.items()]
+        """Of the brokers that are connected now."""
+        links = [("mqtt", self.mqtt.link if self.mqtt else None)]
+        links += [(target.traits.name, getattr(target, "link", None)) for target in self.targets]
+        shown = [
+            peer_certificate(f"{name} broker", link.peer_certificate)
+            for name, link in links
+            if isinstance(link, MqttLink)
+        ]
         return [certificate for certificate in shown if certificate is not None]
 
     async def _heartbeat(self, component: Component) -> None:

@@ -78,22 +78,25 @@ class Bounded(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
-            self._await_head()
+        before = self.cycle
         super().data_received(data)
-        if self._head_timer is not None:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self._end(HeadTooLarge(f"headers of more than {MAX_HEAD_BYTES} bytes"))
-
-    def on_headers_complete(self) -> None:
-        self._head_done()
-        super().on_headers_complete()
+        if self.cycle is not before:  # a head has ended, in most cases the only one and whole
+            self._head_done()
+            return
+        if self._head_timer is None:
+            if before is not None and not before.response_complete:
+                return  # of its body
+            self._await_head()
+        self._head_bytes += len(data)
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._end(HeadTooLarge(f"headers of more than {MAX_HEAD_BYTES} bytes"))
 
     def _await_head(self) -> None:
         self._head_bytes = 0
-        late = HeadTimeout(f"the headers did not arrive within {HEAD_S:g} seconds")
-        self._head_timer = self.loop.call_later(HEAD_S, self._end, late)
+        self._head_timer = self.loop.call_later(HEAD_S, self._late)
+
+    def _late(self) -> None:
+        self._end(HeadTimeout(f"the headers did not arrive within {HEAD_S:g} seconds"))
 
     def _head_done(self) -> None:
         if self._head_timer is not None:

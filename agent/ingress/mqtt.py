@@ -39,6 +39,8 @@ STATUS_CHECK_S = 1.0
 """How soon a change shows in the retained status."""
 SENSOR_SHARE = 4
 """One sensor may have this part of `max_in_flight` at once, so that a fast one leaves room for the others."""
+MAX_PRODUCER = 128
+"""Characters of a producer's name in a topic."""
 STOP_S = 2.0
 
 
@@ -164,7 +166,7 @@ class MqttDoor:
             return
         self.counters.requests += 1
         model, _, producer = message.topic.removeprefix(f"{self._prefix}/infer/").partition("/")
-        who = asker(producer)
+        who = asker(producer[:MAX_PRODUCER])
         asked = message.properties.response_topic
         topic = asked if asked is not None and usable_topic(asked) else f"{self._prefix}/results/infer/{model}"
         back = _Return(topic, message.qos, message.properties.correlation_data, who=who.name)
@@ -172,6 +174,7 @@ class MqttDoor:
             self._overloaded(back, f"{self._limit} requests are being answered already")
             return
         try:
+            _check_producer(producer)
             self._guard.count(who.name)
             request = self._request(message, model, who)
             self._guard.count_producer(request.producer)
@@ -270,6 +273,7 @@ class MqttDoor:
         self.counters.overloaded += 1
         self._metrics.malformed(DOOR, Overloaded.code)
         error = Overloaded(message, retry_after_s=1.0)
+        self._guard.refused(DOOR, error, who=back.who)
         self._send(back, error.to_dict(), error.code)
 
     def _refuse(self, back: _Return, error: InferenceError) -> None:
@@ -340,6 +344,12 @@ def asker(producer: str) -> Identity:
     if producer:
         return Identity(f"mqtt:{producer}", frozenset(("infer",)), producer, producer)
     return Identity(DOOR, frozenset(("infer",)))
+
+
+def _check_producer(producer: str) -> None:
+    if len(producer) > MAX_PRODUCER or not producer.isprintable():
+        text = f"must be at most {MAX_PRODUCER} printable characters"
+        raise InvalidRequest(f"producer: the last level of the topic {text}", field="producer")
 
 
 def _fault() -> InferenceError:

@@ -102,8 +102,8 @@ class Audit:
         if self._section.on_full == "refuse" and (self._problem or len(self._waiting) >= self._section.queue):
             raise AuditUnavailable("the audit trail cannot be written", retry_after_s=RETRY_S)
 
-    def request(self, request: InferenceRequest, outcome: InferenceResult | InferenceError) -> None:
-        """What came of a request that was admitted."""
+    def request(self, request: InferenceRequest, outcome: InferenceResult | InferenceError | None) -> None:
+        """What came of a request that was admitted; None: it was abandoned."""
         fields: dict[str, Any] = {
             "who": request.asked_by,
             "producer": request.producer,
@@ -121,8 +121,8 @@ class Audit:
                 "model_sha256": outcome.model_sha256,
             }
         else:
-            fields["outcome"] = outcome.code
-        if outcome.attempts:  # also those that failed may have carried the inputs there
+            fields["outcome"] = outcome.code if outcome else "abandoned"
+        if outcome and outcome.attempts:  # also those that failed may have carried the inputs there
             fields["attempts"] = [[a.target, self._regions.get(a.target), a.outcome] for a in outcome.attempts]
         self._put("request", fields)
 

@@ -218,9 +218,10 @@ def test_what_is_recorded_of_a_request(trail: Trail) -> None:
     audit.request(asked, answer)
     audit.request(asked, answer._replace(cached=True, stale=True, target="cache", tier=Tier.FALLBACK))
     audit.request(asked, Unavailable("no"))
+    audit.request(asked, None)
     audit.refusal({"who": "unknown", "from": "10.0.0.7", "outcome": "unauthorized"})
     audit.act("start", version="1")
-    first, stale, refused, stranger, act = trail.lines()
+    first, stale, refused, gone, stranger, act = trail.lines()
     assert {name: value for name, value in first.items() if name not in ("seq", "prev", "hash")} == {
         "at": "2023-11-14T22:13:20.000Z",
         "kind": "request",
@@ -238,6 +239,7 @@ def test_what_is_recorded_of_a_request(trail: Trail) -> None:
         "attempts": [["cloud:eu", "eu-west", "ok"]],
     }
     assert (stale["outcome"], stale["tier"], refused["outcome"]) == ("stale", "fallback", "unavailable")
+    assert gone["outcome"] == "abandoned"
     assert (stranger["kind"], stranger["from"], act["what"]) == ("refusal", "10.0.0.7", "start")
     text = json.dumps([first, stale, refused])
     assert "7.125" not in text and "Ada" not in text and "patient" not in text
