@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 """How often the loop shows that it turns; its lateness is exported as loop lag."""
-SECURITY_S = 60.0
-"""How often certificates are looked at."""
+CERTIFICATES_S = (5.0, 60.0)
+"""How often certificates are looked at: first when brokers will have shown theirs, then always."""
 STALL_S = 10.0
 """A supervised task that has not gone round its loop for this long keeps the watchdog from being fed."""
 
@@ -197,6 +197,7 @@ class App:
         if self.audit:
             self.audit.open()
             configuration = hashlib.sha256(self._config.model_dump_json().encode()).hexdigest()
+            self.supervisor.watch("audit", lambda: self.audit is None or self.audit.alive)
             self.audit.act("start", version=__version__, configuration=configuration)
         try:
             await asyncio.gather(*(target.start() for target in self.targets))
@@ -205,7 +206,7 @@ class App:
         self._warm_up()
         self.supervisor.spawn("load", self._sample_load, stall_s=STALL_S + self._config.monitoring.sample_interval_s)
         self.supervisor.spawn("loop", self._heartbeat, stall_s=STALL_S)
-        self.supervisor.spawn("certificates", self._watch_certificates, stall_s=SECURITY_S + STALL_S)
+        self.supervisor.spawn("certificates", self._watch_certificates, stall_s=CERTIFICATES_S[1] + STALL_S)
         if self._config.http.enabled:
             port = await self.http.start()
             log.info("http door open", extra={"host": self._config.http.host, "port": port})
@@ -252,6 +253,7 @@ class App:
     async def _watch_certificates(self, component: Component) -> None:
         """Those in files and those of brokers; a renewed one of the HTTP door is taken. Tells what the guard held
         back, too."""
+        pause_s, later_s = CERTIFICATES_S
         while True:
             now, now_wall = self._clock.monotonic(), self._clock.wall()
             alarms = await asyncio.to_thread(self.certificates.look, self._broker_certificates(), now, now_wall)
@@ -262,7 +264,8 @@ class App:
                 alarms.append(str(error))
             component.set(ComponentState.DEGRADED if alarms else ComponentState.UP, "; ".join(alarms))
             self.guard.flush()
-            await asyncio.sleep(SECURITY_S)
+            await asyncio.sleep(pause_s)
+            pause_s = later_s
 
     def _broker_certificates(self) -> list[Certificate]:
         """Of the brokers that are connected now."""

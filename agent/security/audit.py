@@ -40,6 +40,8 @@ ADMITTED_ROOM = 100_000
 PSEUDONYM_HEX = 32
 """128 bits: no two producers of a gateway will share one."""
 MASK = "***"
+PRODUCER_IS_WHO = ("mqtt:", "sensor:")
+"""Identities that are named after a producer: what is done to `producer` is done to that name too."""
 
 Mask = Callable[[str], str]
 _Event = tuple[float, str, Mapping[str, Any]]
@@ -94,6 +96,13 @@ class Audit:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(CLOSE_S)
+        if self._waiting:
+            log.error("audit lines lost", extra={"count": len(self._waiting), "reason": self._problem})
+
+    @property
+    def alive(self) -> bool:
+        """Whether somebody writes, or tries to."""
+        return self._thread is not None and self._thread.is_alive()
 
     # --- what is recorded ---
 
@@ -183,13 +192,25 @@ class Audit:
                     synced_at = now
             except OSError as error:
                 self._failed(f"{error.strerror or error}")
+                if closing:
+                    break
                 with self._changed:
-                    if closing or self._changed.wait_for(lambda: self._closing, RETRY_S):
-                        break
+                    self._changed.wait_for(lambda: self._closing, RETRY_S)
                 continue
+            except Exception as error:  # what cannot be written at all must not keep the rest from being written
+                log.exception("audit lines could not be made")
+                self._failed(f"{type(error).__name__}: {len(batch)} lines could not be made")
+                self._give_up(len(batch))
             if closing and not self._waiting:
                 break
         self._files.close()
+
+    def _give_up(self, count: int) -> None:
+        with self._changed:
+            for _ in range(count):
+                self._waiting.popleft()
+            self._dropped += count
+            self._lost_untold += count
 
     def _patience_s(self, synced_at: float) -> float | None:
         """Until what is written is due to be forced to the disk; None: nothing is."""
@@ -218,7 +239,11 @@ class Audit:
         for field, mask in self._masks.items():
             if entry.get(field) is not None:
                 entry[field] = mask(str(entry[field]))
-        return {key: value[:MAX_TEXT] if type(value) is str else value for key, value in entry.items()}
+        who = entry.get("who", "")
+        if "producer" in self._masks and "who" not in self._masks and who.startswith(PRODUCER_IS_WHO):
+            kind_of, _, producer = who.partition(":")
+            entry["who"] = f"{kind_of}:{self._masks['producer'](producer)}"
+        return {key: _fit(value) if type(value) is str else value for key, value in entry.items()}
 
     def _open_files(self) -> None:
         """A last file that is no chain is set aside, and the chain goes on from the one before it."""
@@ -243,6 +268,12 @@ class Audit:
         if reason != self._problem:
             log.error("audit trail cannot be written", extra={"reason": reason, "on_full": self._section.on_full})
         self._problem = reason
+
+
+def _fit(text: str) -> str:
+    """Cut to size, and without lone surrogates, which UTF-8 cannot hold."""
+    text = text[:MAX_TEXT]
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def _masks(section: AuditSection, key: bytes | None) -> dict[str, Mask]:

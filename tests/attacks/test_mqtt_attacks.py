@@ -77,6 +77,22 @@ async def test_a_device_is_answered(device: Device, fort: Fort) -> None:
     assert record["who"] == f"sensor:{device.name}"
 
 
+def test_certificates_are_watched(fort: Fort) -> None:
+    def seen() -> dict[str, float]:
+        return {one["name"]: one["days_left"] for one in fort.status()["certificates"]}
+
+    fort.until(lambda: "mqtt broker" in seen(), "the broker's own is seen")
+    assert seen() == {
+        "mqtt.ca_file": pytest.approx(365, abs=0.5),
+        "mqtt.cert_file": pytest.approx(30, abs=0.5),
+        "mqtt broker": pytest.approx(30, abs=0.5),
+    }
+    (state,) = [part for part in fort.status()["components"] if part["name"] == "certificates"]
+    assert state["state"] == "degraded", "they end within security.certificate_warn_days"
+    assert "the certificate ends in 30.0 days" in state["reason"] or "29.9" in state["reason"]
+    assert "edge_agent_certificate_days{" in fort.get("/metrics").text
+
+
 async def test_topics_outside_the_access_list(device: Device, fort: Fort) -> None:
     before = len(fort.records(kind="request"))
     for topic in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,13 @@ class Trail:
         self.audit.open()
         return self.audit
 
+    @staticmethod
+    def until(condition: Callable[[], object]) -> None:
+        end = time.monotonic() + WAIT_S
+        while not condition():
+            assert time.monotonic() < end
+            os.sched_yield()
+
     def lines(self) -> list[dict[str, Any]]:
         self.audit.close()
         report = verified(self.folder / "audit")
@@ -260,6 +268,34 @@ def test_masks_and_pseudonyms(trail: Trail, tmp_path: Path, capsys: pytest.Captu
     assert pseudonym(b"j" * 32, "m7") != lines[0]["producer"]
 
 
+@pytest.mark.parametrize("rule", ["pseudonym", "mask"])
+def test_a_pseudonym_is_not_undone_by_who_asked(trail: Trail, tmp_path: Path, rule: Any) -> None:
+    (tmp_path / "key").write_bytes(KEY)
+    audit = trail.open(key_file=tmp_path / "key", rules={"producer": rule})
+    for who in ("mqtt:ward-7", "sensor:ward-7"):
+        audit.request(request(producer="ward-7", asked_by=who), Unavailable("no"))
+        audit.refusal({"who": who, "outcome": "rate_limited"})
+    lines = trail.lines()
+    hidden = pseudonym(KEY, "ward-7") if rule == "pseudonym" else "***"
+    assert [line["who"] for line in lines] == [f"mqtt:{hidden}"] * 2 + [f"sensor:{hidden}"] * 2
+    assert "ward-7" not in json.dumps(lines)
+
+
+def test_what_cannot_be_written_is_counted_and_the_rest_is_written(
+    trail: Trail, caplog: pytest.LogCaptureFixture
+) -> None:
+    audit = trail.open()
+    audit.act("before", text="\ud800")
+    trail.until(lambda: audit.status()["waiting"] == 0)
+    audit.act("never", number=float("nan"), unknown={b"\xff": 1})
+    trail.until(lambda: audit.status()["waiting"] == 0)
+    assert audit.alive
+    audit.act("after")
+    lines = trail.lines()
+    assert [line.get("what", line.get("lost")) for line in lines] == ["before", 1, "after"]
+    assert "could not be made" in caplog.text
+
+
 def test_long_names_are_cut(trail: Trail) -> None:
     audit = trail.open()
     asked = request(id="x" * 5000, producer="y" * 5000, asked_by="z" * 5000)
@@ -287,12 +323,7 @@ class Disk:
         self._trail = trail
 
     def until(self, condition: Callable[[], object]) -> None:
-        import time
-
-        end = time.monotonic() + WAIT_S
-        while not condition():
-            assert time.monotonic() < end
-            os.sched_yield()
+        self._trail.until(condition)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])

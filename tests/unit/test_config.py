@@ -288,6 +288,24 @@ def test_a_path_is_no_credential_name(tmp_path: Path) -> None:
     assert config.mqtt.password.get_secret_value() == "${credential:../outside}"
 
 
+def test_the_path_of_a_credential(tmp_path: Path) -> None:
+    """As security.md has it: systemd puts them into a folder, and keys that end in _file name files in it."""
+    for name in ("gateway.key", "gateway.crt", "audit.key"):
+        (tmp_path / name).write_text("x")
+    folder = "${CREDENTIALS_DIRECTORY}"
+    tls = f"{{cert_file: '{folder}/gateway.crt', key_file: '{folder}/gateway.key'}}"
+    text = f"http: {{tls: {tls}}}\nsecurity: {{audit: {{key_file: '{folder}/audit.key'}}}}"
+    config = load(tmp_path, text, CREDENTIALS_DIRECTORY=str(tmp_path))
+    assert config.http.tls is not None
+    assert config.http.tls.key_file == tmp_path / "gateway.key"
+    assert config.security.audit.rule("producer") == "pseudonym"
+
+
+def test_tokens_can_come_from_the_environment() -> None:
+    tokens = f"[{{name: a, roles: [read], sha256: '{'0' * 64}'}}]"
+    assert load_config(None, {"EDGE_AGENT__SECURITY__TOKENS": tokens}).security.tokens[0].name == "a"
+
+
 # --- frozen ----------------------------------------------------------------------------------------------------------
 
 
