@@ -21,7 +21,6 @@ from agent.core.types import InferenceRequest, InferenceResult
 from agent.ingress.http import create_app
 from agent.ingress.http_server import HttpServer
 from agent.ingress.mqtt import MqttDoor
-from agent.link.mqtt import MqttLink
 from agent.pipeline import Pipeline
 from agent.registry.catalog import Catalog, load_catalog
 from agent.registry.locate import catalog_path
@@ -31,7 +30,7 @@ from agent.runtimes.base import RuntimeUnavailable
 from agent.sdnotify import Notifier
 from agent.security.access import Guard
 from agent.security.audit import Audit
-from agent.security.certificates import Certificate, Watch, peer_certificate
+from agent.security.certificates import LOOK_S, Watch, certificate_files
 from agent.store.cache import ResultCache
 from agent.supervisor import Component, ComponentState, Supervisor
 from agent.targets.base import Target
@@ -43,8 +42,6 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 """How often the loop shows that it turns; its lateness is exported as loop lag."""
-CERTIFICATES_S = (5.0, 60.0)
-"""How often certificates are looked at: first when brokers will have shown theirs, then always."""
 STALL_S = 10.0
 """A supervised task that has not gone round its loop for this long keeps the watchdog from being fed."""
 
@@ -92,7 +89,7 @@ class App:
         audit = config.security.audit
         self.audit = Audit(audit, config.gateway.state_dir, clock, regions) if audit.enabled else None
         self.guard = Guard(config.security, clock, config.producers, self.audit)
-        self.certificates = Watch(_certificate_files(config), config.security.certificate_warn_days)
+        self.certificates = Watch(certificate_files(config), config.security.certificate_warn_days)
         application = create_app(self, self.metrics, config.http, self.recent, clock, self.guard)
         self.http = HttpServer(
             application, config.http, lambda error, address: self.guard.refused("http", error, address=address)
@@ -206,7 +203,7 @@ class App:
         self._warm_up()
         self.supervisor.spawn("load", self._sample_load, stall_s=STALL_S + self._config.monitoring.sample_interval_s)
         self.supervisor.spawn("loop", self._heartbeat, stall_s=STALL_S)
-        self.supervisor.spawn("certificates", self._watch_certificates, stall_s=CERTIFICATES_S[1] + STALL_S)
+        self.supervisor.spawn("certificates", self._watch_certificates, stall_s=LOOK_S + STALL_S)
         if self._config.http.enabled:
             port = await self.http.start()
             log.info("http door open", extra={"host": self._config.http.host, "port": port})
@@ -251,32 +248,12 @@ class App:
             await asyncio.sleep(self._config.monitoring.sample_interval_s)
 
     async def _watch_certificates(self, component: Component) -> None:
-        """Those in files and those of brokers; a renewed one of the HTTP door is taken. Tells what the guard held
-        back, too."""
-        pause_s, later_s = CERTIFICATES_S
-        while True:
-            now, now_wall = self._clock.monotonic(), self._clock.wall()
-            alarms = await asyncio.to_thread(self.certificates.look, self._broker_certificates(), now, now_wall)
-            try:
-                if self.http.renew_certificate():
-                    log.info("certificate renewed", extra={"certificate": "http.tls"})
-            except ConfigError as error:
-                alarms.append(str(error))
+        """Those in files and those of brokers; a renewed one of the HTTP door is taken."""
+        links = {target.traits.name: getattr(target, "link", None) for target in self.targets}
+        links["mqtt"] = self.mqtt.link if self.mqtt else None
+        async for alarms in self.certificates.keep(links, self.http.renew_certificate, self._clock):
             component.set(ComponentState.DEGRADED if alarms else ComponentState.UP, "; ".join(alarms))
             self.guard.flush()
-            await asyncio.sleep(pause_s)
-            pause_s = later_s
-
-    def _broker_certificates(self) -> list[Certificate]:
-        """Of the brokers that are connected now."""
-        links = [("mqtt", self.mqtt.link if self.mqtt else None)]
-        links += [(target.traits.name, getattr(target, "link", None)) for target in self.targets]
-        shown = [
-            peer_certificate(f"{name} broker", link.peer_certificate)
-            for name, link in links
-            if isinstance(link, MqttLink)
-        ]
-        return [certificate for certificate in shown if certificate is not None]
 
     async def _heartbeat(self, component: Component) -> None:
         """Turns with the loop and measures how late it does."""
@@ -344,21 +321,6 @@ def _loop_runner() -> Callable[[Coroutine[Any, Any, int]], int]:
         return asyncio.run
     runner: Callable[[Coroutine[Any, Any, int]], int] = uvloop.run
     return runner
-
-
-def _certificate_files(config: Config) -> dict[str, Path]:
-    """Every certificate that the configuration names, by its key."""
-    sections: dict[str, Any] = {f"cloud.lanes.{lane.name}": lane for lane in config.cloud.lanes}
-    if config.mqtt.enabled:
-        sections["mqtt"] = config.mqtt
-    if config.http.enabled and config.http.tls is not None:
-        sections["http.tls"] = config.http.tls
-    named = {
-        f"{at}.{key}": getattr(section, key, None)
-        for at, section in sections.items()
-        for key in ("cert_file", "ca_file")
-    }
-    return {name: path for name, path in named.items() if path is not None}
 
 
 def _target_components(targets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -49,14 +49,15 @@ def add_parsers(commands: Any) -> None:
     status.add_argument("--json", action="store_true", help="print the whole status")
     status.set_defaults(run=_status)
     for parser in (infer, status):
-        parser.add_argument("--url", default=DEFAULT_URL, help=f"of the daemon (default {DEFAULT_URL})")
-        parser.add_argument(
-            "--token-file",
-            type=Path,
-            metavar="FILE",
-            help="holds the token; otherwise the variable EDGE_AGENT_TOKEN does",
-        )
-        parser.add_argument("--ca-file", type=Path, metavar="FILE", help="the authority of an https:// daemon, in PEM")
+        add_connection(parser)
+
+
+def add_connection(parser: argparse.ArgumentParser) -> None:
+    """The options of whoever asks a daemon: what `call` takes."""
+    parser.add_argument("--url", default=DEFAULT_URL, help=f"of the daemon (default {DEFAULT_URL})")
+    holder = "holds the token; otherwise the variable EDGE_AGENT_TOKEN does"
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help=holder)
+    parser.add_argument("--ca-file", type=Path, metavar="FILE", help="the authority of an https:// daemon, in PEM")
 
 
 def _infer(args: argparse.Namespace) -> int:
@@ -73,7 +74,7 @@ def _infer(args: argparse.Namespace) -> int:
     document |= {key: value for key, value in options.items() if value is not None}
     if args.no_cache:
         document["use_cache"] = False
-    code, answer = _call(args, "/infer", document)
+    code, answer = call(args, "/infer", document)
     if args.json:
         print(json.dumps(answer, indent=2))
     elif code == 200:
@@ -114,7 +115,7 @@ def _refused(answer: dict[str, Any]) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    code, status = _call(args, "/status", None)
+    code, status = call(args, "/status", None)
     if args.json:
         print(json.dumps(status, indent=2))
         return EXIT_OK if code == 200 else EXIT_FAILED
@@ -191,7 +192,7 @@ def _decoded(data: bytes) -> Any:
         raise ValueError("is not JSON of any use: nested too deeply") from None
 
 
-def _call(args: argparse.Namespace, path: str, document: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
+def call(args: argparse.Namespace, path: str, document: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
     """HTTP status and decoded body. A daemon that cannot be reached exits with a sentence."""
     url = f"{args.url}{path}"
     if not url.startswith(("http://", "https://")):

@@ -5,16 +5,26 @@ A certificate that has ended takes the whole lane with it, at a moment that was 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import ssl
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from agent.config import Config
+from agent.core.clock import Clock
+from agent.core.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 DAY_S = 86_400.0
 MAX_FILE = 1 << 20
+LOOK_S = 60.0
+"""Between two looks."""
+SOON_S = 5.0
+"""After the first one: brokers will have shown theirs."""
+_KEYS = ("cert_file", "ca_file")
 
 
 class Certificate(NamedTuple):
@@ -23,6 +33,17 @@ class Certificate(NamedTuple):
     name: str
     not_after: float | None
     problem: str = ""
+
+
+def certificate_files(config: Config) -> dict[str, Path]:
+    """Every file with a certificate that the configuration names, by its key."""
+    sections: dict[str, Any] = {f"cloud.lanes.{lane.name}": lane for lane in config.cloud.lanes}
+    if config.mqtt.enabled:
+        sections["mqtt"] = config.mqtt
+    if config.http.enabled and config.http.tls is not None:
+        sections["http.tls"] = config.http.tls
+    named = {(at, key): getattr(section, key, None) for at, section in sections.items() for key in _KEYS}
+    return {f"{at}.{key}": path for (at, key), path in named.items() if path is not None}
 
 
 def read_certificate(name: str, path: Path) -> Certificate:
@@ -82,6 +103,26 @@ class Watch:
                 level = logging.ERROR if left is None or left <= 0 else logging.WARNING
                 log.log(level, "certificate needs renewal", extra={"certificate": certificate.name, "reason": text})
         return self.alarms()
+
+    async def keep(self, links: Mapping[str, Any], renew: Callable[[], bool], clock: Clock) -> AsyncIterator[list[str]]:
+        """Look again and again; gives the alarms after each look. Of `links`, those to brokers have a
+        `peer_certificate`; `renew` takes a renewed certificate of one's own, and raises `ConfigError`."""
+        pause_s = SOON_S
+        while True:
+            shown = [
+                peer_certificate(f"{name} broker", getattr(link, "peer_certificate", None))
+                for name, link in links.items()
+            ]
+            peers = [certificate for certificate in shown if certificate is not None]
+            alarms = await asyncio.to_thread(self.look, peers, clock.monotonic(), clock.wall())
+            try:
+                if renew():
+                    log.info("certificate renewed", extra={"certificate": "http.tls"})
+            except ConfigError as error:
+                alarms.append(str(error))
+            yield alarms
+            await asyncio.sleep(pause_s)
+            pause_s = LOOK_S
 
     def alarms(self) -> list[str]:
         return [text for _, _, text in self._seen if text]
