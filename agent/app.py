@@ -84,7 +84,7 @@ class App:
         self.cache = ResultCache(config.fallback, config.gateway.state_dir / "cache.sqlite", catalog, clock)
         self.pipeline = Pipeline(catalog, self.router, self.cache, self.metrics, clock, config.routing)
         slowest_ms = max((lane.timeout_ms for lane in config.cloud.lanes), default=config.edge_gpu.timeout_ms)
-        self.admission = Admission(catalog, config.routing, clock, slowest_ms / 1e3, config.producers)
+        self.admission = Admission(catalog, config.routing, clock, slowest_ms / 1e3, producers=config.producers)
         regions = {target.traits.name: target.traits.region for target in self.targets}
         audit = config.security.audit
         self.audit = Audit(audit, config.gateway.state_dir, clock, regions) if audit.enabled else None

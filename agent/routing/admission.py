@@ -55,6 +55,7 @@ class Admission:
         routing: RoutingSection,
         clock: Clock,
         batch_deadline_s: float,
+        *,
         producers: Mapping[str, ProducerSection] | None = None,
     ) -> None:
         self.catalog = catalog

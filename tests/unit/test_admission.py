@@ -262,7 +262,7 @@ def test_a_request_narrows_the_regions_of_its_producer_and_never_widens_them(
     rule: tuple[str, ...], asked: list[str], allowed: set[str]
 ) -> None:
     rules = {"ward": ProducerSection(allowed_regions=rule)}
-    admission = Admission(CATALOG, RoutingSection(), CLOCK, BATCH_S, rules)
+    admission = Admission(CATALOG, RoutingSection(), CLOCK, BATCH_S, producers=rules)
     document = {"model": "toy", "inputs": FLAT, "allowed_regions": asked}
     assert admission.from_document(document, producer="ward").allowed_regions == allowed
     assert admission.from_document({**document, "producer": "ward"}).allowed_regions == allowed
