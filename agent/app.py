@@ -17,26 +17,33 @@ from agent.config import Config
 from agent.config_load import load_config
 from agent.core.clock import Clock, SystemClock
 from agent.core.errors import ConfigError, InferenceError, LinkError
-from agent.core.types import InferenceRequest, InferenceResult
+from agent.core.types import AccuracyMode, InferenceRequest, InferenceResult
 from agent.ingress.http import create_app
 from agent.ingress.http_server import HttpServer
 from agent.ingress.mqtt import MqttDoor
 from agent.pipeline import Pipeline
+from agent.registry.accuracy import Accuracies, Alarm
 from agent.registry.catalog import Catalog, load_catalog
 from agent.registry.locate import catalog_path
 from agent.routing.admission import Admission
+from agent.routing.budget import budget_of
+from agent.routing.limits import limits_of
 from agent.routing.router import Router
+from agent.routing.shadow import Shadow
 from agent.runtimes.base import RuntimeUnavailable
 from agent.sdnotify import Notifier
 from agent.security.access import Guard
 from agent.security.audit import Audit
 from agent.security.certificates import LOOK_S, Watch, certificate_files
+from agent.store.budget_file import BudgetFile
 from agent.store.cache import ResultCache
 from agent.supervisor import Component, ComponentState, Supervisor
 from agent.targets.base import Target
 from agent.telemetry import events
 from agent.telemetry.load import LoadSampler
 from agent.telemetry.metrics import Metrics
+from agent.telemetry.story import Stories
+from agent.telemetry.trace import TraceFile, trace_header
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +75,22 @@ def build_targets(config: Config, catalog: Catalog, clock: Clock) -> list[Target
     return targets
 
 
+def build_trace(config: Config, catalog: Catalog, targets: Sequence[Target], clock: Clock) -> TraceFile | None:
+    """Where requests are recorded; None: nowhere."""
+    section = config.monitoring
+    if section.record is None:
+        return None
+    header = {"gateway": config.gateway.id, "version": __version__, "started": clock.wall()}
+    return TraceFile(
+        section.record,
+        header | trace_header(catalog, (target.traits for target in targets)),
+        started=clock.monotonic(),
+        payload=section.record_payload,
+        max_bytes=section.record_max_bytes,
+        files=section.record_files,
+    )
+
+
 class App:
     """The daemon. `ingress.base.Core` for its doors."""
 
@@ -80,11 +103,38 @@ class App:
         self.supervisor = Supervisor(clock)
         self.load = LoadSampler()
         self.targets = build_targets(config, catalog, clock)
-        self.router = Router(self.targets, config.routing, clock)
+        self.accuracies = Accuracies(catalog, config.drift, config.gateway.state_dir / "accuracy.json")
+        self.budget_file = BudgetFile(config.gateway.state_dir / "budgets.json")
+        self.budget = budget_of(config.budgets, config.cloud.lanes, self.budget_file)
+        self.trace = build_trace(config, catalog, self.targets, clock)
+        self.stories = Stories(config.routing.explain_last, clock, self.trace)
+        self.router = Router(
+            self.targets,
+            config.routing,
+            clock,
+            budgets=self.budget,
+            accuracy_of=self.accuracies.accuracy_of,
+            floor_of=lambda _: config.accuracy.floor,
+            limit_for=limits_of(config.routing.overload),
+            watcher=self.stories.routed,
+        )
+        self.shadow = Shadow(self.router, self.accuracies, config.shadow, clock)
         self.cache = ResultCache(config.fallback, config.gateway.state_dir / "cache.sqlite", catalog, clock)
-        self.pipeline = Pipeline(catalog, self.router, self.cache, self.metrics, clock, config.routing)
+        self.pipeline = Pipeline(
+            catalog,
+            self.router,
+            self.cache,
+            self.metrics,
+            clock,
+            config.routing,
+            self.stories,
+            accuracy=config.accuracy,
+            accuracy_of=self.accuracies.accuracy_of,
+            shadow=self.shadow,
+        )
         slowest_ms = max((lane.timeout_ms for lane in config.cloud.lanes), default=config.edge_gpu.timeout_ms)
-        self.admission = Admission(catalog, config.routing, clock, slowest_ms / 1e3, producers=config.producers)
+        mode = AccuracyMode(config.accuracy.mode)
+        self.admission = Admission(catalog, config.routing, clock, slowest_ms / 1e3, mode, producers=config.producers)
         regions = {target.traits.name: target.traits.region for target in self.targets}
         audit = config.security.audit
         self.audit = Audit(audit, config.gateway.state_dir, clock, regions) if audit.enabled else None
@@ -96,6 +146,7 @@ class App:
         )
         self.mqtt = self._mqtt_door() if config.mqtt.enabled else None
         self.metrics.watch(self.status)
+        self.accuracies.listeners.append(self._show_drift)
         self._lag_s = 0.0
         self._stopping = asyncio.Event()
 
@@ -153,8 +204,13 @@ class App:
             "ready": ready,
             "reason": reason,
             "targets": targets,
+            "models": self._models(),
+            "shadow": self.shadow.status(),
+            "budgets": [] if self.budget is None else self.budget.left(self._clock.monotonic()),
+            "overload": self.pipeline.queue.status(),
             "cache": self.cache.stats(),
             "counters": self.metrics.counters(),
+            "recorder": None if self.trace is None else self.trace.status(),
             "doors": {
                 "http": self.http.status() if self._config.http.enabled else None,
                 "mqtt": self.mqtt.status() if self.mqtt else None,
@@ -164,6 +220,16 @@ class App:
             "components": [*self.supervisor.status(), *self._parts(), *_target_components(targets)],
             "load": {**self.load.latest, "loop_lag_ms": round(self._lag_s * 1e3, 3)},
         }
+
+    def _models(self) -> dict[str, dict[str, Any]]:
+        """By `family/variant`: what it answered, how sure it was, and whether the cloud agrees."""
+        shown: dict[str, dict[str, Any]] = self.metrics.quality.status()
+        for name, drift in self.accuracies.status().items():
+            shown.setdefault(name, {})["drift"] = drift
+        return shown
+
+    def explain(self, request_id: str) -> Mapping[str, Any] | None:
+        return self.stories.explain(request_id)
 
     def _parts(self) -> list[dict[str, Any]]:
         """The doors and the store as components."""
@@ -180,6 +246,9 @@ class App:
         if self.audit:
             trouble = self.audit.problem()
             parts.append({"name": "audit", "state": "degraded" if trouble else "up", "reason": trouble})
+        if self.trace:
+            why = self.trace.problem
+            parts.append({"name": "recorder", "state": "degraded" if why else "up", "reason": why})
         return parts
 
     def recent(self) -> list[dict[str, Any]]:
@@ -196,6 +265,12 @@ class App:
             configuration = hashlib.sha256(self._config.model_dump_json().encode()).hexdigest()
             self.supervisor.watch("audit", lambda: self.audit is None or self.audit.alive)
             self.audit.act("start", version=__version__, configuration=configuration)
+        self.accuracies.load()
+        if self.trace is not None:
+            self.trace.start()
+        if self.budget is not None:
+            self.budget_file.open(self.budget, self._clock.monotonic(), self._clock.wall())
+            self.supervisor.spawn("budgets", self._keep_budget, stall_s=STALL_S)
         try:
             await asyncio.gather(*(target.start() for target in self.targets))
         except RuntimeUnavailable as error:
@@ -204,6 +279,10 @@ class App:
         self.supervisor.spawn("load", self._sample_load, stall_s=STALL_S + self._config.monitoring.sample_interval_s)
         self.supervisor.spawn("loop", self._heartbeat, stall_s=STALL_S)
         self.supervisor.spawn("certificates", self._watch_certificates, stall_s=LOOK_S + STALL_S)
+        if self._config.shadow.rate:
+            self.supervisor.spawn("shadow", self._ask_shadows)
+            for state in self.accuracies.states():
+                self._show_drift(state)
         if self._config.http.enabled:
             port = await self.http.start()
             log.info("http door open", extra={"host": self._config.http.host, "port": port})
@@ -228,6 +307,10 @@ class App:
             await self.mqtt.stop()
         await self.supervisor.stop()
         await asyncio.gather(*(target.stop() for target in self.targets))
+        if self.budget is not None:
+            await asyncio.to_thread(self.budget_file.close, self.budget.document(self._clock.monotonic()))
+        if self.trace is not None:
+            await asyncio.to_thread(self.trace.close)
         await asyncio.to_thread(self.cache.close)
         if self.audit:
             self.audit.act("stop")
@@ -254,6 +337,23 @@ class App:
         async for alarms in self.certificates.keep(links, self.http.renew_certificate, self._clock):
             component.set(ComponentState.DEGRADED if alarms else ComponentState.UP, "; ".join(alarms))
             self.guard.flush()
+
+    def _show_drift(self, alarm: Alarm) -> None:
+        if self.mqtt:
+            self.mqtt.keep(f"alarms/drift/{alarm.variant.name}", alarm.to_dict())
+
+    async def _ask_shadows(self, component: Component) -> None:
+        component.set(ComponentState.UP)
+        await self.shadow.work()
+
+    async def _keep_budget(self, component: Component) -> None:
+        """Writes what is used now and then, and says when that does not work."""
+        assert self.budget is not None
+        while True:
+            self.budget.keep(self._clock.monotonic(), self._clock.wall())
+            trouble = "; ".join(filter(None, (self.budget.problem, self.budget_file.alarm)))
+            component.set(ComponentState.DEGRADED if trouble else ComponentState.UP, trouble)
+            await asyncio.sleep(HEARTBEAT_S)
 
     async def _heartbeat(self, component: Component) -> None:
         """Turns with the loop and measures how late it does."""

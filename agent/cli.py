@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from agent import __version__, cli_client, cli_mcu, cli_security, cli_worker
+from agent import __version__, cli_client, cli_explain, cli_mcu, cli_models, cli_security, cli_sim, cli_worker
 from agent.core.errors import ConfigError, EdgeAgentError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -50,13 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
 
     cli_client.add_parsers(commands)
+    cli_explain.add_parser(commands)
     cli_mcu.add_parser(commands)
     cli_worker.add_parser(commands)
     cli_security.add_parsers(commands)
 
-    models = commands.add_parser("models", help="list the models of a catalogue")
-    models.add_argument("--catalog", type=Path, metavar="FILE")
-    models.set_defaults(run=_models)
+    cli_models.add_parser(commands)
 
     demo = commands.add_parser("demo", help="a whole gateway at work on this machine, with three outages")
     demo.set_defaults(run=_later("hil.demo.main"))
@@ -69,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_later("hil.bench.main"))
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     bench.add_argument("--seconds", type=float, default=3.0, metavar="N", help="for each measurement (default 3)")
+    cli_sim.add_benches(bench, _later)
+    cli_sim.add_parsers(commands, _later)
     bench.add_argument("--only", action="append", metavar="NAME", help="pipeline, mqtt, http, mcu, wire or start")
     return parser
 
@@ -97,21 +98,6 @@ def _check(args: argparse.Namespace) -> int:
         print(f"{args.config}: note: {caution}", file=sys.stderr)
     lanes, boards = len(config.cloud.lanes), len(config.edge_mcu.ports)
     print(f"{args.config}: ok: {boards} microcontrollers, {lanes} cloud lanes, {len(config.sensors)} sensors")
-    return EXIT_OK
-
-
-def _models(args: argparse.Namespace) -> int:
-    from agent.registry.catalog import load_catalog
-    from agent.registry.locate import catalog_path
-
-    catalog = load_catalog(catalog_path(args.catalog))
-    print(f"{'model':24} {'targets':20} {'format':7} {'bytes':>9} {'parameters':>10} {'accuracy':>9}  sha256")
-    for family in catalog.families.values():
-        for variant in family.variants.values():
-            print(
-                f"{variant.name:24} {','.join(variant.targets):20} {variant.format:7} {variant.bytes:9} "
-                f"{variant.parameters:10} {variant.accuracy.value:9.4f}  {variant.sha256[:16]}"
-            )
     return EXIT_OK
 
 

@@ -80,7 +80,7 @@ def _infer(args: argparse.Namespace) -> int:
     elif code == 200:
         _show_answer(answer)
     if code != 200:
-        return EXIT_FAILED if args.json else _refused(answer)
+        return EXIT_FAILED if args.json else refused(answer)
     return EXIT_STALE if args.fresh and answer["stale"] else EXIT_OK
 
 
@@ -100,7 +100,7 @@ def _show_answer(answer: dict[str, Any]) -> None:
         print(f"  why      {reason}")
 
 
-def _refused(answer: dict[str, Any]) -> int:
+def refused(answer: dict[str, Any]) -> int:
     """One line that says what is wrong, then why, on standard error."""
     error = answer.get("error")
     error = error if isinstance(error, dict) else {"message": str(answer)[:200]}
@@ -120,7 +120,7 @@ def _status(args: argparse.Namespace) -> int:
         print(json.dumps(status, indent=2))
         return EXIT_OK if code == 200 else EXIT_FAILED
     if code != 200:
-        return _refused(status)
+        return refused(status)
     ready = "ready" if status["ready"] else f"NOT READY: {status['reason']}"
     print(f"{status['gateway']}: {ready}, up {status['uptime_s']:.0f} s, version {status['version']}")
     for target in status["targets"]:
@@ -134,12 +134,24 @@ def _status(args: argparse.Namespace) -> int:
     for part in status["components"]:
         if part["state"] != "up" and part["name"] not in shown:
             print(f"  {part['state'].upper()} {part['name']}" + (f": {part['reason']}" if part["reason"] else ""))
+    for budget in status.get("budgets", ()):
+        print(f"  {_budget(budget)}")
     counters = status["counters"]
     print(
         f"  {counters['answered']} answered, {counters['refused']} refused, {counters['cached']} from the cache, "
         f"{counters['stale']} stale, {counters['malformed']} malformed, {counters['cost_usd']:g} USD"
     )
     return EXIT_OK
+
+
+def _budget(budget: dict[str, Any]) -> str:
+    """One limit: what is left of it, and whether it is used up or only ahead of its pace."""
+    unit = {"usd": " USD", "bytes": " bytes", "requests": " requests"}[budget["unit"]]
+    left, at_once = budget["left"], budget["left_now"]
+    pace = "" if at_once == left else f", {at_once:.10g}{unit} at once"
+    state = "DONE  " if not left else "budget"
+    lane = f" of {budget['lane']}" if budget["lane"] else ""
+    return f"{state} {left:.10g} of {budget['limit']:.10g}{unit} per {budget['window']}{lane} left{pace}"
 
 
 def _document(path: Path, index: int | None) -> dict[str, Any] | None:

@@ -54,6 +54,13 @@ def add_parser(commands: Any) -> None:
         metavar="MS",
         help="latency added to each request, as a slow network would: for tests and demonstrations only",
     )
+    parser.add_argument(
+        "--jitter-ms",
+        type=_milliseconds,
+        default=0.0,
+        metavar="MS",
+        help="mean of what is added to that at random, exponentially distributed",
+    )
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     parser.add_argument("--log-format", choices=("json", "text"), default="json")
     parser.set_defaults(run=run)
@@ -112,6 +119,7 @@ async def _serve(args: argparse.Namespace) -> int:
         duplicate_window_s=args.duplicate_window_s,
         drain_s=args.drain_s,
         delay_s=args.delay_ms / 1e3,
+        jitter_s=args.jitter_ms / 1e3,
     )
     options = LinkOptions(
         args.broker,

@@ -92,6 +92,7 @@ def cautions(config: Config) -> list[str]:
     gpu = config.edge_gpu
     if gpu.enabled and gpu.strict_provider and (gpu.accelerator == "gpu" or gpu.providers[0] != "cpu"):
         found.append("edge_gpu.strict_provider: only a start can tell whether the accelerator can be used")
+    found += _too_small(config)
     folder = _nearest(config.gateway.state_dir)
     if not os.access(folder, os.W_OK | os.X_OK):
         found.append(
@@ -99,6 +100,17 @@ def cautions(config: Config) -> list[str]:
             "or answers are remembered only until it stops"
         )
     return found
+
+
+def _too_small(config: Config) -> Iterator[str]:
+    """Budgets that no single request fits into."""
+    for index, lane in enumerate(config.cloud.lanes):
+        for where, amounts in (("budgets", config.budgets), (f"cloud.lanes.{index}.budget", lane.budget)):
+            for window in ("minute", "hour", "day"):
+                limit = getattr(amounts, f"usd_per_{window}")
+                if limit is not None and 0 < limit < lane.cost_per_request:
+                    price = f"a request of lane {lane.name} costs {lane.cost_per_request:g}"
+                    yield f"{where}.usd_per_{window}: {limit:g} USD let nothing through: {price}"
 
 
 def _unworkable(config: Config) -> Iterator[dict[str, Any]]:

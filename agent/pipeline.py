@@ -9,15 +9,20 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 
-from agent.config import RoutingSection
+from agent.config import AccuracySection, RoutingSection
 from agent.core.clock import Clock
 from agent.core.errors import DeadlineExceeded, InferenceError, InvalidRequest, Overloaded, Unavailable
-from agent.core.types import Attempt, InferenceRequest, InferenceResult, Tier
+from agent.core.types import AccuracyMode, Attempt, InferenceRequest, InferenceResult, Tier
 from agent.registry.catalog import Catalog, Family
-from agent.registry.tensors import classify
-from agent.routing.router import NoAnswer, Routed, Router
+from agent.registry.confidence import Classified, classified
+from agent.routing.attempt import AccuracyOf
+from agent.routing.cascade import Answered, Cascade
+from agent.routing.queue import RequestQueue
+from agent.routing.router import NoAnswer, Router, of_the_catalogue
+from agent.routing.shadow import Shadow
 from agent.store.cache import CacheKey, Freshness, Hit, ResultCache, cache_key
 from agent.telemetry.metrics import Metrics
+from agent.telemetry.story import Stories
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +38,7 @@ RETRY_AFTER_S = 1.0
 class _Kept:
     """What was asked under an idempotency key, and its answer, perhaps still to come."""
 
-    question: CacheKey
+    question: tuple[CacheKey, AccuracyMode]
     answer: asyncio.Future[InferenceResult]
     answered: float = 0.0
 
@@ -53,13 +58,22 @@ class Pipeline:
         metrics: Metrics,
         clock: Clock,
         settings: RoutingSection,
+        stories: Stories | None = None,
+        *,
+        accuracy: AccuracySection | None = None,
+        accuracy_of: AccuracyOf = of_the_catalogue,
+        shadow: Shadow | None = None,
     ) -> None:
         self._catalog = catalog
         self._router = router
+        self._cascade = Cascade(router, accuracy or AccuracySection(), clock, accuracy_of)
+        self._shadow = shadow
         self._cache = cache
         self._metrics = metrics
         self._clock = clock
-        self._max_in_flight = settings.max_in_flight
+        self._stories = stories or Stories(0, clock)
+        self.queue = RequestQueue(settings.overload, settings.max_in_flight, clock)
+        router.on_free(self.queue.room)
         self._by_key: OrderedDict[tuple[str, str, str], _Kept] = OrderedDict()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -72,7 +86,7 @@ class Pipeline:
         if request.idempotency_key is None:
             return await self._recorded(request)
         key = (request.producer, request.model, request.idempotency_key)
-        question = cache_key(request.model, request.variant, request.inputs)
+        question = cache_key(request.model, request.variant, request.inputs), request.accuracy
         while (known := self._by_key.get(key)) is not None and not known.void():
             self._by_key.move_to_end(key)
             again = await self._again(request, question, known)
@@ -95,7 +109,9 @@ class Pipeline:
         kept.answer.set_result(result)
         return result
 
-    async def _again(self, request: InferenceRequest, question: CacheKey, known: _Kept) -> InferenceResult | None:
+    async def _again(
+        self, request: InferenceRequest, question: tuple[CacheKey, AccuracyMode], known: _Kept
+    ) -> InferenceResult | None:
         """The answer to the same request under another id; None if whoever asked for it went away before it came."""
         if question != known.question:
             reuse = InvalidRequest("idempotency_key: was used for another question before", field="idempotency_key")
@@ -136,6 +152,7 @@ class Pipeline:
     async def _recorded(self, request: InferenceRequest) -> InferenceResult:
         """Count it, answer it, record what came of it."""
         self._metrics.started()
+        self._stories.begin(request)
         self.in_flight += 1
         self._idle.clear()
         try:
@@ -150,12 +167,18 @@ class Pipeline:
             raise internal from defect
         except BaseException:
             self._metrics.abandoned()
+            self._stories.abandoned(request)
             raise
         finally:
             self.in_flight -= 1
             if self.in_flight == 0:
                 self._idle.set()
         self._metrics.answered(result)
+        if request.out_of_range:
+            self._metrics.quality.out_of_range(request.model)
+        story = self._stories.ended(request, result)
+        if request.explain and story is not None:
+            result = result._replace(explanation=story.to_dict())
         self._record(request, result)
         return result
 
@@ -165,23 +188,47 @@ class Pipeline:
         key = cache_key(request.model, request.variant, request.inputs)
         hit = self._cache.get(key)
         if hit is not None and hit.state is Freshness.FRESH and request.use_cache:
-            return self._remembered(request, hit, (*request.notes, "cache: the same input was answered before"))
-        if self.in_flight > self._max_in_flight:
-            refusal = Overloaded(
-                f"{self._max_in_flight} requests are in flight (routing.max_in_flight)", retry_after_s=RETRY_AFTER_S
-            )
-            return self._fallback(request, hit, refusal, (), ("daemon: every place is taken",))
+            known = self._known(family, hit)
+            if known is not None and self._cascade.enough(request, family, family.variants[hit.entry.variant], known):
+                why = "cache: the same input was answered before"
+                return self._remembered(request, hit, known, (*request.notes, why))
         try:
-            routed = await self._router.run(request, family)
+            if self._shadow is not None:
+                await self._shadow.make_way(request.latency_class)
+            answered, waited_s = await self.queue.run(
+                request,
+                lambda: self._cascade.run(request, family),
+                full=lambda: self._router.full(request, family),
+                needed_s=lambda: self._router.quickest_s(request, family),
+            )
+        except Overloaded as refusal:
+            return self._fallback(request, hit, refusal, (), (f"daemon: {refusal.message}",))
         except NoAnswer as failure:
             return self._fallback(request, hit, _refusal(failure), failure.attempts, failure.reasons, failure.cost_usd)
-        result = self._fresh(request, family, routed)
+        result = self._fresh(request, answered, waited_s)
         self._cache.put(key, request.producer, result)
+        self._watch(request, family, answered)
         return result
 
-    def _fresh(self, request: InferenceRequest, family: Family, routed: Routed) -> InferenceResult:
+    def _watch(self, request: InferenceRequest, family: Family, answered: Answered) -> None:
+        """How sure the model was, and whether to compare it with a better one. No fault of that costs the answer."""
+        try:
+            self._metrics.quality.observe(answered.first_variant, answered.first, answered.escalation)
+            if self._shadow is not None:
+                self._shadow.consider(request, family, answered)
+        except Exception:
+            log.exception("an answer could not be watched", extra={"request_id": request.id})
+
+    def _known(self, family: Family, hit: Hit) -> Classified | None:
+        """How sure a remembered answer is, by today's calibration; None if its variant has changed since."""
+        variant = family.variants.get(hit.entry.variant)
+        if variant is None or variant.sha256 != hit.entry.model_sha256:
+            return None
+        return classified(hit.entry.outputs, family, variant)
+
+    def _fresh(self, request: InferenceRequest, answered: Answered, waited_s: float) -> InferenceResult:
+        routed = answered.routed
         answer, traits, variant = routed.answer, routed.traits, routed.variant
-        label, confidence = classify(answer.outputs, family)
         now = self._clock.monotonic()
         return InferenceResult(
             request_id=request.id,
@@ -189,14 +236,14 @@ class Pipeline:
             variant=variant.id,
             model_sha256=variant.sha256,
             outputs=answer.outputs,
-            label=label,
-            confidence=confidence,
+            label=answered.classified.label,
+            confidence=answered.classified.confidence,
             tier=traits.tier,
             origin_tier=traits.tier,
             target=traits.name,
             provider=answer.provider,
             latency_class=request.latency_class,
-            queue_s=answer.queue_s,
+            queue_s=waited_s + answer.queue_s,
             link_s=answer.link_s,
             compute_s=answer.compute_s,
             total_s=now - request.received,
@@ -207,6 +254,9 @@ class Pipeline:
             age_s=0.0,
             attempts=routed.attempts,
             reasons=request.notes + routed.reasons,
+            calibrated=answered.classified.calibrated,
+            escalation=answered.escalation,
+            out_of_range=request.out_of_range,
         )
 
     def _fallback(
@@ -229,7 +279,8 @@ class Pipeline:
             refusal.attempts, refusal.reasons = attempts, (*reasons, "cache: no earlier answer")
             refusal.cost_usd = cost_usd
             raise refusal
-        answer = self._remembered(request, hit, (*reasons, why))
+        known = self._known(self._catalog.family(request.model), hit)
+        answer = self._remembered(request, hit, known, (*reasons, why))
         return answer._replace(
             tier=Tier.FALLBACK,
             stale=True,
@@ -239,7 +290,9 @@ class Pipeline:
             cost_usd=cost_usd,
         )
 
-    def _remembered(self, request: InferenceRequest, hit: Hit, reasons: tuple[str, ...]) -> InferenceResult:
+    def _remembered(
+        self, request: InferenceRequest, hit: Hit, known: Classified | None, reasons: tuple[str, ...]
+    ) -> InferenceResult:
         """A fresh cached answer to the same input."""
         entry = hit.entry
         now = self._clock.monotonic()
@@ -250,7 +303,7 @@ class Pipeline:
             model_sha256=entry.model_sha256,
             outputs=entry.outputs,
             label=entry.label,
-            confidence=entry.confidence,
+            confidence=entry.confidence if known is None else known.confidence,
             tier=entry.tier,
             origin_tier=entry.tier,
             target="cache",
@@ -267,10 +320,15 @@ class Pipeline:
             age_s=hit.age_s,
             attempts=(),
             reasons=reasons,
+            calibrated=known is not None and known.calibrated,
+            out_of_range=request.out_of_range,
         )
 
     def _refused(self, request: InferenceRequest, error: InferenceError) -> None:
         self._metrics.refused(_addressed(error, request), request.latency_class)
+        story = self._stories.ended(request, error)
+        if request.explain and story is not None:
+            error.explanation = story.to_dict()
         self._record(request, error)
 
     def _record(self, request: InferenceRequest, outcome: InferenceResult | InferenceError) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import logging
 import math
+import random
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -67,6 +68,8 @@ class WorkerSettings:
     drain_s: float = 5.0
     delay_s: float = 0.0
     """Added to each request before it runs: stands in for a slow network in tests and demonstrations."""
+    jitter_s: float = 0.0
+    """Mean of what comes on top of `delay_s` at random, exponentially distributed."""
 
 
 @dataclass(slots=True)
@@ -251,11 +254,15 @@ class Worker:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    def _delay_s(self) -> float:
+        jitter_s = self.settings.jitter_s
+        return self.settings.delay_s + (random.expovariate(1 / jitter_s) if jitter_s else 0.0)
+
     async def _work(self, key: object, job: _Job) -> None:
         reply: _Reply | None = None
         try:
-            if self.settings.delay_s:
-                await asyncio.sleep(self.settings.delay_s)
+            if delay_s := self._delay_s():
+                await asyncio.sleep(delay_s)
             reply = await self._answer(job)
         finally:
             # Not after an await: a repeat either joins the job before this, or finds the answer.

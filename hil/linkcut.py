@@ -13,15 +13,17 @@ class LinkCut:
     """Relays `127.0.0.1:port` to `127.0.0.1:upstream`."""
 
     def __init__(self, port: int, upstream: int) -> None:
-        self._port = port
+        self.port = port
         self._upstream = upstream
         self._open = asyncio.Event()
         self._open.set()
         self._server: asyncio.Server | None = None
         self._relays: set[asyncio.Task[None]] = set()
+        self.bytes = 0
+        """What passed, both ways."""
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self._port)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
 
     def cut(self) -> None:
         """From now on bytes stay where they are."""
@@ -53,6 +55,7 @@ class LinkCut:
         with suppress(OSError):
             while data := await source.read(CHUNK):
                 await self._open.wait()
+                self.bytes += len(data)
                 sink.write(data)
                 await sink.drain()
         sink.close()

@@ -45,4 +45,5 @@ def fleet() -> dict[str, FakeTarget]:
 
 @pytest.fixture
 def router(fleet: dict[str, FakeTarget], clock: ManualClock) -> Router:
-    return Router(list(fleet.values()), RoutingSection(), clock)
+    """Ranks by the fixed points: gpu, mcu, cloud, serverless for a request of class near."""
+    return Router(list(fleet.values()), RoutingSection(policy="scorecard"), clock)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -146,6 +146,9 @@ class FakeTarget:
 
     def variant_for(self, family: Family, pinned: str | None) -> Variant | None:
         return family.variant_for(KINDS[self.traits.tier], pinned)
+
+    def variants_for(self, family: Family, pinned: str | None) -> Sequence[Variant]:
+        return family.variants_for(KINDS[self.traits.tier], pinned)
 
     async def infer(self, request: InferenceRequest, family: Family, variant: Variant, deadline: float) -> TargetAnswer:
         self.asked.append((request, variant, deadline))

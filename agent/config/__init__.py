@@ -16,13 +16,18 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, fie
 
 from agent.config.base import NAME_PATTERN, TOPIC_PATTERN, ClassName, Name, Priority, Section, Substituted, Topic
 from agent.config.broker import BrokerSection, check_broker_url, check_topic_filter
+from agent.config.budgets import AmountsSection, BudgetsSection
+from agent.config.cascade import AccuracyName, AccuracySection, DriftSection, ShadowSection
 from agent.config.doors import HttpSection, MqttSection, SensorSection, TlsSection
+from agent.config.overload import ClassShares, LimitSection, OverloadSection, WaitingSection
 from agent.config.routing import (
     BreakerSection,
+    ClassWeights,
     LatencyThresholds,
     ModelSizeThresholds,
     ParameterThresholds,
     RoutingSection,
+    UtilityWeights,
 )
 from agent.config.security import (
     AuditField,
@@ -42,13 +47,20 @@ from agent.config.tiers import CloudSection, GpuSection, LaneSection, McuSection
 __all__ = [
     "NAME_PATTERN",
     "TOPIC_PATTERN",
+    "AccuracyName",
+    "AccuracySection",
+    "AmountsSection",
     "AuditField",
     "AuditSection",
     "BreakerSection",
     "BrokerSection",
+    "BudgetsSection",
     "ClassName",
+    "ClassShares",
+    "ClassWeights",
     "CloudSection",
     "Config",
+    "DriftSection",
     "FallbackSection",
     "GatewaySection",
     "GpuSection",
@@ -57,6 +69,7 @@ __all__ = [
     "JwtSection",
     "LaneSection",
     "LatencyThresholds",
+    "LimitSection",
     "LimitsSection",
     "Masking",
     "McuSection",
@@ -65,6 +78,7 @@ __all__ = [
     "MonitoringSection",
     "MqttSection",
     "Name",
+    "OverloadSection",
     "ParameterThresholds",
     "Priority",
     "ProducerSection",
@@ -74,10 +88,13 @@ __all__ = [
     "Section",
     "SecuritySection",
     "SensorSection",
+    "ShadowSection",
     "Substituted",
     "TlsSection",
     "TokenSection",
     "Topic",
+    "UtilityWeights",
+    "WaitingSection",
     "check_broker_url",
     "check_topic_filter",
 ]
@@ -125,6 +142,21 @@ class MonitoringSection(Section):
     """How often the retained MQTT status is refreshed, if nothing changed."""
     sample_interval_s: float = Field(default=2, gt=0, le=3600)
     """How often CPU, memory, temperature and accelerator load are read."""
+    record: Path | None = None
+    """A file that gets one line for each request (`docs/traces.md`). Absolute, as `gateway.state_dir` is."""
+    record_payload: bool = False
+    """Whether the lines hold the inputs as well."""
+    record_max_bytes: int = Field(default=64 << 20, ge=4096, le=1 << 40)
+    """Of one file; then it is set aside and the next one begun."""
+    record_files: int = Field(default=4, ge=1, le=1000)
+    """Files kept, the one being written among them."""
+
+    @field_validator("record", mode="after")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_absolute():
+            raise ValueError("must be absolute")
+        return value
 
 
 class Config(Section):
@@ -133,9 +165,13 @@ class Config(Section):
     gateway: GatewaySection = Field(default_factory=GatewaySection)
     models: ModelsSection = ModelsSection()
     routing: RoutingSection = RoutingSection()
+    accuracy: AccuracySection = AccuracySection()
+    shadow: ShadowSection = ShadowSection()
+    drift: DriftSection = DriftSection()
     edge_mcu: McuSection = McuSection()
     edge_gpu: GpuSection = GpuSection()
     cloud: CloudSection = CloudSection()
+    budgets: BudgetsSection = BudgetsSection()
     fallback: FallbackSection = FallbackSection()
     mqtt: MqttSection = MqttSection()
     http: HttpSection = HttpSection()

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from agent.config.base import ClassName, Name, Priority, Section
 from agent.config.broker import BrokerSection
+from agent.config.cascade import AccuracyName
 
 
 class MqttSection(BrokerSection):
@@ -74,4 +75,8 @@ class SensorSection(Section):
     """Values are multiplied by this."""
     qos: Literal[0, 1] = 1
     use_cache: bool = True
+    accuracy: AccuracyName | None = None
+    """None: `accuracy.mode`."""
+    shadow: bool = True
+    """Whether readings may be asked again of the cloud in the background, where `shadow.rate` says so."""
     allowed_regions: tuple[str, ...] = ()

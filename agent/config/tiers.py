@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from agent.config.base import Name, Section, Topic
 from agent.config.broker import BrokerSection
+from agent.config.budgets import AmountsSection
 
 
 class McuSection(Section):
@@ -71,8 +72,17 @@ class LaneSection(BrokerSection):
     timeout_ms: float = Field(default=5000, gt=0, le=600_000)
     max_concurrent: int = Field(default=100, ge=1, le=10_000)
     region: Name | None = None
+    metered: bool | None = None
+    """Whether what goes over it is paid for by what is sent; None: if a request costs anything."""
     backup: bool = False
     """Asked only after the lanes that are not backups."""
+    budget: AmountsSection = AmountsSection()
+    """What this lane may use; `budgets` has what all of them may use together."""
+
+    @property
+    def target(self) -> str:
+        """The name of the target that asks this lane."""
+        return f"cloud:{self.name}"
 
 
 class CloudSection(Section):

@@ -26,7 +26,7 @@ Errors are translated once, at the seam: routing never sees a `SerialException`,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class InferenceError(EdgeAgentError):
         self.attempts: tuple[Attempt, ...] = ()
         self.reasons: tuple[str, ...] = ()
         self.cost_usd = 0.0
+        self.explanation: Mapping[str, Any] | None = None
+        """How it came to this, for a request with `explain`."""
 
     def to_dict(self) -> dict[str, Any]:
         """The error as every door shows it: plain JSON types."""
@@ -71,13 +73,16 @@ class InferenceError(EdgeAgentError):
             error["field"] = self.field
         if self.retry_after_s is not None:
             error["retry_after_s"] = self.retry_after_s
-        return {
+        document = {
             "request_id": self.request_id,
             "error": error,
             "attempts": [attempt.to_dict() for attempt in self.attempts],
             "cost_usd": self.cost_usd,
             "reasons": list(self.reasons),
         }
+        if self.explanation is not None:
+            document["explanation"] = dict(self.explanation)
+        return document
 
 
 class InvalidRequest(InferenceError):

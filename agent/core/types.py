@@ -33,6 +33,17 @@ class Complexity(StrEnum):
     COMPLEX = "complex"
 
 
+class AccuracyMode(StrEnum):
+    """How right an answer has to be, and what may be spent on that. `docs/cascade.md` has the rules."""
+
+    HIGH = "high"
+    """The most accurate variant that can answer in time."""
+    ACCEPTABLE = "acceptable"
+    """Whatever routing prefers among variants at or above `accuracy.floor`."""
+    ADAPTIVE = "adaptive"
+    """A cascade: a small model's answer where it is sure, a more accurate model's where it is not."""
+
+
 class Tier(StrEnum):
     """Where an answer was computed. `fallback` is the cache, when nothing could be asked."""
 
@@ -74,6 +85,13 @@ class InferenceRequest:
     """Cloud regions that may see the inputs. Empty: any."""
     use_cache: bool = True
     """Whether a fresh cached answer to the same input will do. A stale one is always better than none."""
+    accuracy: AccuracyMode = AccuracyMode.ADAPTIVE
+    explain: bool = False
+    """Whether the answer is to carry how its target was chosen."""
+    shadow: bool = True
+    """Whether the inputs may be asked again of a cloud variant in the background, to watch the edge's accuracy."""
+    out_of_range: bool = False
+    """Whether an input holds values outside of what the model was trained on; `notes` say which."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """What is odd about the inputs, in words; they head the reasons of the answer."""
@@ -97,7 +115,7 @@ class TargetAnswer(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """One try on one target: `outcome` is `ok` or the code of a `TargetError`."""
+    """One try on one target: `outcome` is `ok`, the code of a `TargetError`, or `cancelled`: another answered first."""
 
     target: str
     tier: Tier
@@ -105,6 +123,8 @@ class Attempt(NamedTuple):
     outcome: str
     elapsed_s: float
     error: str | None = None
+    hedge: bool = False
+    """Whether it was begun while another was still under way, because that one was late."""
 
     def to_dict(self) -> dict[str, Any]:
         attempt: dict[str, Any] = {
@@ -116,6 +136,8 @@ class Attempt(NamedTuple):
         }
         if self.error is not None:
             attempt["error"] = self.error
+        if self.hedge:
+            attempt["hedge"] = True
         return attempt
 
 
@@ -152,6 +174,15 @@ class InferenceResult(NamedTuple):
     reasons: tuple[str, ...]
     same_input: bool = True
     """False: a producer's last known answer, to an earlier input, served because nothing could be asked."""
+    calibrated: bool = False
+    """Whether `confidence` was fitted on held-out data; otherwise it is what the model says of itself."""
+    escalation: str = ""
+    """Of a cascade: `escalated`, a more accurate model was asked and answered; `held`, it could not, and this is the
+    small model's answer, which was not sure. Empty: neither."""
+    out_of_range: bool = False
+    """Whether an input holds values outside of what the model was trained on."""
+    explanation: Mapping[str, Any] | None = None
+    """How the target was chosen, in plain JSON types, for a request with `explain`."""
 
     def to_dict(self, *, with_outputs: bool = True) -> dict[str, Any]:
         """The answer as every door shows it: plain JSON types, times in milliseconds."""
@@ -160,6 +191,9 @@ class InferenceResult(NamedTuple):
             "model": self.model,
             "label": self.label,
             "confidence": None if self.confidence is None else round(self.confidence, 6),
+            "calibrated": self.calibrated,
+            "out_of_range": self.out_of_range,
+            "escalation": self.escalation,
             "tier": self.tier.value,
             "origin_tier": self.origin_tier.value,
             "target": self.target,
@@ -182,6 +216,8 @@ class InferenceResult(NamedTuple):
             "attempts": [attempt.to_dict() for attempt in self.attempts],
             "reasons": list(self.reasons),
         }
+        if self.explanation is not None:
+            answer["explanation"] = dict(self.explanation)
         if with_outputs:
             answer["outputs"] = {name: value.tolist() for name, value in self.outputs.items()}
         return answer

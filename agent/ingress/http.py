@@ -27,7 +27,7 @@ from agent.core.errors import InferenceError, InvalidRequest, Overloaded, RateLi
 from agent.core.types import InferenceRequest
 from agent.core.within import within
 from agent.ingress import http_models, http_pages
-from agent.ingress.base import Core
+from agent.ingress.base import Core, NotRemembered
 from agent.ingress.http_gate import HttpGate, address_of, challenge
 from agent.ingress.payload import MAX_OPTIONS, TooLarge, decode_json, named_producer, read_flag, read_options
 from agent.security.access import Guard
@@ -275,6 +275,12 @@ class HttpDoor:
         ready, reason = self._core.ready()
         return json_response({"ready": ready, "reason": reason}, 200 if ready else 503)
 
+    async def explain(self, request: Request) -> Response:
+        """How one of the last requests was decided: candidates, estimates, what ruled each out, attempts."""
+        request_id = request.path_params["request_id"]
+        explanation = self._core.explain(request_id)
+        return refusal(NotRemembered(request_id)) if explanation is None else json_response(explanation)
+
     async def status(self, request: Request) -> Response:
         """The whole state: see `docs/operations.md`."""
         return json_response(self._core.status())
@@ -330,6 +336,7 @@ def create_app(
     route("GET", "/health", door.health, http_models.alive_operation())
     route("GET", "/ready", door.ready, http_models.ready_operation())
     route("GET", "/status", door.status, plain("application/json", "Targets, cache, counters, doors, load."))
+    route("GET", "/explain/{request_id:path}", door.explain, http_models.explain_operation())
     route("GET", "/recent", door.recent, plain("application/json", "A list of answers."))
     route("GET", "/metrics", door.metrics, plain("text/plain", "Counters, histograms and gauges."))
     route("GET", "/", http_pages.status_page(), None)

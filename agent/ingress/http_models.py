@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
-from agent.core.types import LatencyClass, Tier
+from agent.core.types import AccuracyMode, LatencyClass, Tier
 
 DTYPES = ("float32", "float16", "int8", "uint8", "int16", "int32", "int64")
 Milliseconds = Annotated[float, Field(gt=0, le=3_600_000)]
@@ -65,6 +65,14 @@ class InferDocument(_Documented):
         list[str], Field(max_length=32, description="Cloud regions that may see the inputs. Empty: any.")
     ] = []
     use_cache: Annotated[bool, Field(description="Whether a fresh cached answer will do.")] = True
+    accuracy: Annotated[
+        AccuracyMode | None,
+        Field(description="How right the answer has to be; otherwise the daemon's setting `accuracy.mode`."),
+    ] = None
+    explain: Annotated[bool, Field(description="Whether to say how the target was chosen.")] = False
+    shadow: Annotated[
+        bool, Field(description="Whether a cloud variant may be asked the same in the background, to watch the edge's.")
+    ] = True
     metadata: Annotated[
         dict[str, str], Field(max_length=16, description="Yours: at most 16 texts, of which nothing depends.")
     ] = {}
@@ -80,9 +88,15 @@ class AttemptDocument(_Documented):
     target: Annotated[str, Field(description="Who was asked.")]
     tier: Annotated[Tier, Field(description="Where that is.")]
     variant: Annotated[str, Field(description="The model file it was asked for.")]
-    outcome: Annotated[str, Field(description="`ok`, `unavailable`, `busy`, `timeout` or `failed`.")]
+    outcome: Annotated[
+        str,
+        Field(
+            description="`ok`, `unavailable`, `busy`, `timeout`, `failed`, or `cancelled`: another one answered first."
+        ),
+    ]
     elapsed_ms: Annotated[float, Field(description="Until it answered or was given up.")]
     error: Annotated[str | None, Field(description="What went wrong; left out after `ok`.")] = None
+    hedge: Annotated[bool, Field(description="Begun while another was late; left out where it was not.")] = False
 
 
 class TimingDocument(_Documented):
@@ -107,6 +121,17 @@ class AnswerDocument(_Documented):
         float | None,
         Field(ge=0, le=1, description="The largest probability; null without labels and for an earlier input."),
     ]
+    calibrated: Annotated[bool, Field(description="Whether `confidence` was fitted on held-out data.")]
+    out_of_range: Annotated[
+        bool, Field(description="Whether inputs are outside of what the model was trained on; `reasons` say which.")
+    ]
+    escalation: Annotated[
+        Literal["", "escalated", "held"],
+        Field(
+            description="`escalated`: the small model was not sure, and a more accurate one answered; `held`: it could "
+            "not, and this is the small model's answer."
+        ),
+    ]
     tier: Annotated[Tier, Field(description="Where it was computed; `fallback`: a stale cache entry.")]
     origin_tier: Annotated[Tier, Field(description="Where it was computed, also for a cache entry.")]
     target: Annotated[str, Field(description="Who answered: a target of `/status`, or `cache`.")]
@@ -129,6 +154,9 @@ class AnswerDocument(_Documented):
         Field(description="Every try on a target, in order; none for a fresh answer from the cache."),
     ]
     reasons: Annotated[list[str], Field(description="Why that tier was chosen, and others were not.")]
+    explanation: Annotated[
+        dict[str, Any] | None, Field(description="How the target was chosen; only with `explain`.")
+    ] = None
     outputs: Annotated[dict[str, list[Any]], Field(description="Left out with `?outputs=false`.")] = {}
 
     model_config = ConfigDict(
@@ -139,6 +167,9 @@ class AnswerDocument(_Documented):
                     "model": "digits",
                     "label": "3",
                     "confidence": 0.981445,
+                    "calibrated": True,
+                    "out_of_range": False,
+                    "escalation": "",
                     "tier": "edge_gpu",
                     "origin_tier": "edge_gpu",
                     "target": "edge_gpu",
@@ -170,6 +201,20 @@ class AnswerDocument(_Documented):
     )
 
 
+class ExplanationDocument(_Documented):
+    """How a request was decided. `docs/traces.md` names the keys below these."""
+
+    request_id: Annotated[str, Field(description="The request's.")]
+    at: Annotated[float, Field(description="Unix time of receipt.")]
+    request: Annotated[dict[str, Any], Field(description="What was asked, defaults filled in, without its tensors.")]
+    stages: Annotated[
+        list[dict[str, Any]],
+        Field(description="Each time routing was asked: `decision` with its candidates and weights, `attempts`."),
+    ]
+    outcome: Annotated[dict[str, Any], Field(description="What came of it: an answer or a refusal.")]
+    reasons: Annotated[list[str], Field(description="The same for a person.")]
+
+
 class FaultDocument(_Documented):
     code: Annotated[str, Field(description="For programs.")]
     message: Annotated[str, Field(description="For people: what was found, what is allowed.")]
@@ -185,6 +230,7 @@ class RefusalDocument(_Documented):
     attempts: Annotated[list[AttemptDocument], Field(description="Every try on a target, in order.")]
     cost_usd: Annotated[float, Field(description="What the attempts cost all the same.")]
     reasons: Annotated[list[str], Field(description="Which targets could not be asked, and why.")]
+    explanation: Annotated[dict[str, Any] | None, Field(description="How it came to this; only with `explain`.")] = None
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -214,7 +260,7 @@ class AliveDocument(_Documented):
     status: Annotated[Literal["alive"], Field(description="Always this: a daemon that is not does not answer.")]
 
 
-_MODELS = (InferDocument, AnswerDocument, RefusalDocument, ReadyDocument, AliveDocument)
+_MODELS = (InferDocument, AnswerDocument, ExplanationDocument, RefusalDocument, ReadyDocument, AliveDocument)
 
 REFUSALS = {
     400: "The request is wrong (`invalid_request`), or its body is not JSON (`undecodable`).",
@@ -305,6 +351,25 @@ def _inline(schema: Any) -> dict[str, Any]:
     if "$ref" in options[0]:
         return {"type": "string", "enum": [member.value for member in LatencyClass]}
     return {key: value for key, value in options[0].items() if key not in ("description", "title")}
+
+
+def explain_operation() -> dict[str, Any]:
+    """The operation object of `GET /explain/{request_id}`."""
+    return {
+        "parameters": [
+            {
+                "name": "request_id",
+                "in": "path",
+                "required": True,
+                "description": "Of an answer or a refusal.",
+                "schema": {"type": "string"},
+            }
+        ],
+        "responses": {
+            "200": _json(ExplanationDocument, "How it was decided."),
+            "404": _json(RefusalDocument, "Not among the last `routing.explain_last` requests (`not_remembered`)."),
+        },
+    }
 
 
 def ready_operation() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from agent.config import MqttSection, SecuritySection, SensorSection
 from agent.core.clock import Clock
 from agent.core.errors import InferenceError, InvalidRequest, LinkError, Overloaded
 from agent.core.types import InferenceRequest
-from agent.ingress.base import Core
+from agent.ingress.base import Core, NotRemembered
 from agent.ingress.payload import TooLarge, check_model, decode_json, named_producer, read_options
 from agent.ingress.sensors import Sensor
 from agent.link.mqtt import LinkFull, LinkState, Message, MessageProperties, MqttLink, Will, link_options
@@ -42,6 +42,8 @@ SENSOR_SHARE = 4
 MAX_PRODUCER = 128
 """Characters of a producer's name in a topic."""
 STOP_S = 2.0
+MAX_ID_BYTES = 512
+"""Of a request's id, in whatever characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,8 @@ class MqttDoor:
         self._requests = [f"{self._prefix}/infer/+/+"]
         if section.shared_requests:
             self._requests.append(f"{self._prefix}/infer/+")
+        # Whoever asks there may ask of everybody's requests.
+        self._explains = f"{self._prefix}/explain" if section.shared_requests else None
         self._sensors = [Sensor(topic_filter, sensor) for topic_filter, sensor in sensors.items()]
         self._status_topic = f"{self._prefix}/status"
         self._offline = to_json({"gateway": gateway_id, "state": "offline", "ready": False, "reason": "offline"})
@@ -112,6 +116,7 @@ class MqttDoor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._busy_sensors: Counter[str] = Counter()
         self._shown: Any = None
+        self._kept: dict[str, dict[str, Any]] = {}
         self._status_task: asyncio.Task[None] | None = None
 
     @property
@@ -128,6 +133,8 @@ class MqttDoor:
         # Own replies do not come back as requests, whatever response topic a caller names: no_local.
         for requests in self._requests:
             await self.link.subscribe(requests, self._on_request, no_local=True)
+        if self._explains is not None:
+            await self.link.subscribe(self._explains, self._on_explain, no_local=True)
         for sensor in self._sensors:
             callback = partial(self._on_reading, sensor)
             await self.link.subscribe(sensor.topic_filter, callback, qos=sensor.section.qos, no_local=True)
@@ -137,6 +144,7 @@ class MqttDoor:
     async def close_door(self) -> None:
         """Take no more; what is here is still answered."""
         filters = [*self._requests, *(sensor.topic_filter for sensor in self._sensors)]
+        filters += [self._explains] if self._explains is not None else []
         await asyncio.gather(*(self.link.unsubscribe(topic_filter) for topic_filter in filters))
         self._publish_status()
 
@@ -185,6 +193,25 @@ class MqttDoor:
             self._refuse(back, _fault())
         else:
             self._spawn(self._answer(request, back))
+
+    def _on_explain(self, message: Message) -> None:
+        """The payload is the id of a request, or a document with `request_id`."""
+        if message.retain:
+            self.counters.replayed += 1
+            return
+        asked = message.properties.response_topic
+        topic = asked if asked is not None and usable_topic(asked) else f"{self._prefix}/results/explain"
+        back = _Return(topic, message.qos, message.properties.correlation_data)
+        try:
+            self._guard.count(DOOR)
+            request_id = _request_id(message.payload)
+            explanation = self._core.explain(request_id)
+            if explanation is None:
+                raise NotRemembered(request_id)
+        except InferenceError as error:
+            self._refuse(back, error)
+        else:
+            self._send(back, dict(explanation), "ok")
 
     def _request(self, message: Message, model: str, who: Identity) -> InferenceRequest:
         """Raises `InferenceError`."""
@@ -302,6 +329,20 @@ class MqttDoor:
         self._shown = None
         if state.connected:
             self._publish_status()
+            for below in self._kept:
+                self._publish_kept(below)
+
+    def keep(self, below: str, document: dict[str, Any]) -> None:
+        """Publish retained on `edge/{gateway}/{below}`, now and after every reconnect, until replaced."""
+        self._kept[below] = document
+        if self.link.connected:
+            self._publish_kept(below)
+
+    def _publish_kept(self, below: str) -> None:
+        payload = to_json({"gateway": self._gateway_id, **self._kept[below]})
+        with contextlib.suppress(LinkError):  # it is published again when the link is
+            topic = f"{self._prefix}/{below}"
+            self.link.publish(topic, payload, qos=1, retain=True, properties=MessageProperties(JSON))
 
     async def _keep_status(self) -> None:
         """Publish on change, and every `status_interval_s` even without one."""
@@ -354,3 +395,14 @@ def _check_producer(producer: str) -> None:
 
 def _fault() -> InferenceError:
     return InferenceError("the daemon has a fault; its log has the details")
+
+
+def _request_id(payload: bytes) -> str:
+    """Raises `InvalidRequest`."""
+    if not payload.lstrip().startswith(b"{"):
+        return payload[:MAX_ID_BYTES].decode("utf-8", "replace").strip()
+    document = decode_json(payload[: 8 * MAX_ID_BYTES])
+    request_id = document.get("request_id") if isinstance(document, dict) else None
+    if not isinstance(request_id, str):
+        raise InvalidRequest("request_id: must be the id of a request", field="request_id")
+    return request_id

@@ -208,6 +208,14 @@ function parts(list) {
     el("dd", {}, el("span", {class: "state " + (part.state === "up" ? "up" : part.state === "down" ? "off" : "half")}, (part.state === "up" ? "● " : part.state === "down" ? "✕ " : "◐ ") + words(part.state)),
       el("span", {class: "quiet"}, part.since_s !== undefined ? " for " + span(part.since_s) : "", part.reason ? ": " + String(part.reason).slice(0, 160) : ""))]));
 }
+const AMOUNTS = {usd: usd, bytes: size, requests: whole};
+function budgets(list) {
+  return arr(list).slice(0, 40).map(obj).map(budget => {
+    const amount = AMOUNTS[budget.unit] || plain, left = num(budget.left), now = num(budget.left_now);
+    return [amount(num(budget.limit)) + (budget.unit === "requests" ? " requests" : "") + " per " + words(budget.window) + (budget.lane ? ", " + budget.lane : ""),
+      amount(left) + (now < left ? ", " + amount(now) + " at once" : "")];
+  });
+}
 const SHARES = ["cpu", "own_cpu", "memory", "accelerator"];
 function load(values) {
   const known = SHARES.filter(key => typeof values[key] === "number"), rest = Object.fromEntries(Object.entries(values).filter(([key]) => !known.includes(key)));
@@ -227,9 +235,10 @@ function show(status, recent) {
   path(status, shares, total);
   answers(recent);
   parts(status.components);
+  fill(at("budgets"), terms(budgets(status.budgets)));
   fill(at("load"), terms(load(obj(status.load))));
   fill(at("doors"), terms(pairs(status.doors)));
-  for (const id of ["parts", "load", "doors"]) at(id).closest("section").hidden = !at(id).hasChildNodes();
+  for (const id of ["parts", "budgets", "load", "doors"]) at(id).closest("section").hidden = !at(id).hasChildNodes();
 }
 
 /* --- asking --- */

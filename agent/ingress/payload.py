@@ -115,5 +115,7 @@ _READERS: Mapping[str, Callable[[str, str], Any]] = {
     "priority": _whole,
     "max_retries": _whole,
     "use_cache": read_flag,
+    "explain": read_flag,
+    "shadow": read_flag,
     "allowed_regions": _names,
 }

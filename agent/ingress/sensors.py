@@ -28,6 +28,8 @@ class Sensor:
             "latency_class": section.latency_class,
             "priority": section.priority,
             "use_cache": section.use_cache,
+            "accuracy": section.accuracy,
+            "shadow": section.shadow,
         }
         if section.deadline_ms is not None:
             self._options["deadline_ms"] = section.deadline_ms

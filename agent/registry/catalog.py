@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from agent.core.documents import NotYaml, read_yaml
 from agent.core.errors import ConfigError, UnknownModel
 from agent.core.types import Complexity
+from agent.registry.calibration import Calibration
 
 TargetKind = Literal["edge_mcu", "edge_gpu", "cloud"]
 DType = Literal["float32", "float16", "int8", "uint8", "int16", "int32", "int64"]
@@ -97,6 +98,7 @@ class Variant(_Strict):
     operators: tuple[str, ...]
     arena_bytes: int | None = Field(default=None, ge=16)
     accuracy: Accuracy
+    calibration: Calibration | None = None
     inputs: tuple[VariantTensor, ...] = Field(min_length=1)
     outputs: tuple[VariantTensor, ...] = Field(min_length=1)
     selftest: str | None = None
@@ -106,6 +108,12 @@ class Variant(_Strict):
     def name(self) -> str:
         """`family/variant`, unique in a catalogue."""
         return f"{self.model}/{self.id}"
+
+    @cached_property
+    def cascade_gain(self) -> float:
+        """By how much accuracy rises where what this variant is not sure of is asked again; 0 without a calibration."""
+        cascade = None if self.calibration is None else self.calibration.cascade
+        return 0.0 if cascade is None else max(0.0, cascade.accuracy - self.accuracy.value)
 
 
 class FamilyData(_Strict):
@@ -149,6 +157,21 @@ class Family(_Strict):
         variant = self.variants.get(pinned)
         return variant if variant is not None and kind in variant.targets else None
 
+    def variants_for(self, kind: TargetKind, pinned: str | None = None) -> tuple[Variant, ...]:
+        """Every variant meant for this kind of target, or the pinned one alone if it is meant for it."""
+        if pinned is None:
+            return self._all_by_kind.get(kind, ())
+        variant = self.variant_for(kind, pinned)
+        return () if variant is None else (variant,)
+
+    @cached_property
+    def _all_by_kind(self) -> dict[str, tuple[Variant, ...]]:
+        kinds: dict[str, tuple[Variant, ...]] = {}
+        for variant in self.variants.values():
+            for kind in variant.targets:
+                kinds[kind] = (*kinds.get(kind, ()), variant)
+        return kinds
+
     @cached_property
     def smallest(self) -> Variant:
         """The least that a target must be able to run to answer at all; it sets the family's complexity."""
@@ -189,8 +212,9 @@ def complexity(variant: Variant, *, simple: tuple[float, int], medium: tuple[flo
     return Complexity.COMPLEX
 
 
-def load_catalog(path: Path, *, verify: bool = True) -> Catalog:
-    """Read and validate a catalogue; with `verify`, also that every file is there, whole and as recorded.
+def load_catalog(path: Path, *, verify: bool = True, calibrated: bool = True) -> Catalog:
+    """Read and validate a catalogue; with `verify`, also that every file is there, whole and as recorded; with
+    `calibrated`, also that calibrations were fitted to these files.
 
     Raises `ConfigError` with one line for each fault.
     """
@@ -212,6 +236,8 @@ def load_catalog(path: Path, *, verify: bool = True) -> Catalog:
             [f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         ) from None
     problems = _inconsistencies(catalog)
+    if calibrated:
+        problems += _misfits(catalog)
     if verify and not problems:
         problems += _file_faults(catalog)
     if problems:
@@ -248,6 +274,31 @@ def _inconsistencies(catalog: Catalog) -> list[str]:
     return problems
 
 
+def _misfits(catalog: Catalog) -> Iterator[str]:
+    for family in catalog.families.values():
+        for variant in family.variants.values():
+            yield from _unfit(f"families.{family.name}.variants.{variant.id}.calibration", variant, family)
+
+
+def _unfit(at: str, variant: Variant, family: Family) -> Iterator[str]:
+    """A calibration is worth something for the files it was fitted to, and for no others."""
+    calibration = variant.calibration
+    if calibration is None:
+        return
+    again = f"run `edge-agent models calibrate {family.name}` again"
+    if calibration.sha256 != variant.sha256:
+        yield f"{at}.sha256: was fitted to another file of this variant; {again}"
+    if calibration.data_sha256 != family.data.heldout_sha256:
+        yield f"{at}.data_sha256: was fitted to other held-out data; {again}"
+    cascade = calibration.cascade
+    if cascade is not None:
+        reference = family.variants.get(cascade.reference)
+        if reference is None:
+            yield f"{at}.cascade.reference: {family.name} has no variant {cascade.reference!r}; {again}"
+        elif cascade.reference_sha256 != reference.sha256:
+            yield f"{at}.cascade.reference_sha256: was fitted to another file of {cascade.reference}; {again}"
+
+
 def _elements(tensor: FamilyTensor | VariantTensor) -> int:
     return math.prod(tensor.shape)
 
@@ -269,6 +320,7 @@ def _unsafe(at: str, path: str) -> Iterator[str]:
 
 def _file_faults(catalog: Catalog) -> Iterator[str]:
     for family in catalog.families.values():
+        yield from _other_data(catalog, family)
         for variant in family.variants.values():
             at = f"families.{family.name}.variants.{variant.id}"
             try:
@@ -281,3 +333,13 @@ def _file_faults(catalog: Catalog) -> Iterator[str]:
                 yield f"{at}.sha256: the file {variant.path} is not the one recorded"
             elif size != variant.bytes:
                 yield f"{at}.bytes: the file {variant.path} has {size} bytes, {variant.bytes} are recorded"
+
+
+def _other_data(catalog: Catalog, family: Family) -> Iterator[str]:
+    """Held-out data need not be on a gateway; if it is, a calibration must be of it."""
+    path = catalog.root / family.data.heldout
+    if not path.is_file() or not any(variant.calibration for variant in family.variants.values()):
+        return
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != family.data.heldout_sha256:
+            yield f"families.{family.name}.data.heldout_sha256: {family.data.heldout} is not the file recorded"

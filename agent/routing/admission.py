@@ -13,7 +13,7 @@ import numpy as np
 from agent.config import LatencyThresholds, ProducerSection, RoutingSection
 from agent.core.clock import Clock
 from agent.core.errors import InvalidRequest, UnknownModel
-from agent.core.types import InferenceRequest, LatencyClass, Tensor
+from agent.core.types import AccuracyMode, InferenceRequest, LatencyClass, Tensor
 from agent.registry.catalog import Catalog, DType, Family, FamilyTensor
 
 MAX_DEADLINE_MS = 3_600_000.0
@@ -40,14 +40,17 @@ _KEYS = frozenset(
         "idempotency_key",
         "allowed_regions",
         "use_cache",
+        "accuracy",
+        "explain",
+        "shadow",
         "metadata",
     }
 )
 
 
 class Admission:
-    """Makes requests. `batch_deadline_s` is what a batch request without a deadline gets; `producers` are the rules
-    that hold whatever a request says."""
+    """Makes requests. `batch_deadline_s` is what a batch request without a deadline gets, `accuracy` what a request
+    gets that names no mode; `producers` are the rules that hold whatever a request says."""
 
     def __init__(
         self,
@@ -55,12 +58,14 @@ class Admission:
         routing: RoutingSection,
         clock: Clock,
         batch_deadline_s: float,
+        accuracy: AccuracyMode = AccuracyMode.ADAPTIVE,
         *,
         producers: Mapping[str, ProducerSection] | None = None,
     ) -> None:
         self.catalog = catalog
         self._producers = producers or {}
         self._clock = clock
+        self._accuracy = accuracy
         limits = routing.latency_thresholds
         self._limits = limits
         self._deadlines_s = {
@@ -158,6 +163,7 @@ class Admission:
             known = ", ".join(sorted(family.variants))
             raise UnknownModel(f"{family.name} has no variant {variant[:64]!r}; it has: {known}", field="variant")
         producer = producer or _text(options, "producer") or "anonymous"
+        notes = _notes(inputs, family)
         return InferenceRequest(
             id=_text(options, "request_id") or uuid.uuid4().hex,
             model=family.name,
@@ -173,8 +179,12 @@ class Admission:
             idempotency_key=_text(options, "idempotency_key"),
             allowed_regions=self._allowed_regions(producer, _regions(options)),
             use_cache=_boolean(options, "use_cache", True),
+            accuracy=_accuracy(options, self._accuracy),
+            explain=_boolean(options, "explain", False),
+            shadow=_boolean(options, "shadow", True),
             metadata=_metadata(options),
-            notes=_notes(inputs, family),
+            notes=notes,
+            out_of_range=bool(notes),
             asked_by=asked_by,
         )
 
@@ -283,6 +293,16 @@ def _boolean(options: Mapping[str, Any], key: str, default: bool) -> bool:
     if not isinstance(value, bool):
         _refuse(key, f"must be true or false, found {_kind(value)}")
     return value
+
+
+def _accuracy(options: Mapping[str, Any], default: AccuracyMode) -> AccuracyMode:
+    value = options.get("accuracy")
+    if value is None:
+        return default
+    try:
+        return AccuracyMode(value)
+    except ValueError:
+        _refuse("accuracy", f"must be one of {[mode.value for mode in AccuracyMode]}, found {_shown(value)}")
 
 
 def _regions(options: Mapping[str, Any]) -> frozenset[str]:

@@ -1,213 +1,335 @@
-"""Which target is asked first, which next, and why. Pure: same arguments, same ranking; no I/O, no clock.
+"""Which target answers, with which variant, and why. Pure: same arguments, same ranking; no I/O, no clock.
 
-First hard constraints rule targets out; then each that is left gets a score, the sum of the points below; then three
-rules pick the first target: an edge target is kept while its score is at least `edge_preference` of the best cloud
-score; a cloud lane dearer than `max_cloud_cost` waits until no edge target is left; a request of priority 8 or more
-takes the best score, whatever it costs. The targets behind the first follow the fallback chain
-`edge_mcu -> edge_gpu -> cloud_gpu -> cloud_serverless -> backup cloud`. `docs/routing.md` works an example by hand.
+First hard constraints rule plays out (`decision.objection`). What is left is ordered by group, and within a group by
+utility:
+
+    at risk     in time at the median only, not at the 95th percentile: after everything that is safe
+    too dear    over `max_cloud_cost`, unless priority makes money no argument
+    backup      a lane that is asked after the others
+    less right  below what the request's `accuracy` asks for
+
+Within a group each target's best play comes before any target's second one. What was chosen last for such a request
+stays first while it is in the best group, nothing is worth `hysteresis` more, and it is as good in accuracy and money;
+and a play that was not asked for long
+may be put first as a probe. `docs/routing.md` works an example by hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Sequence
+from math import inf
+from typing import Literal, TypeAlias
 
-from agent.config import RoutingSection
-from agent.core.types import Complexity, LatencyClass, Tier
-from agent.routing.estimate import Estimate
+from agent.config import RoutingSection, UtilityWeights
+from agent.core.types import AccuracyMode, LatencyClass
+from agent.routing import scorecard
+from agent.routing.decision import (
+    HIGH_PRIORITY,
+    Budgets,
+    Candidate,
+    Constraint,
+    Decision,
+    Fixed,
+    Judged,
+    Limit,
+    Play,
+    Question,
+    judged_of,
+    not_asked,
+    objection,
+)
+from agent.routing.utility import BYTES_UNIT, FREE_LIMIT_SHARE, MIN_SPREAD, late, terms
 
-HIGH_PRIORITY = 8
-"""From here on money is no argument."""
+__all__ = [
+    "HIGH_PRIORITY",
+    "Budgets",
+    "Candidate",
+    "Constraint",
+    "Decision",
+    "Fixed",
+    "Judged",
+    "Limit",
+    "Play",
+    "Policy",
+    "Question",
+    "decide",
+]
 
-Row = tuple[float, float, float]
-"""Points for (edge_mcu, edge_gpu, cloud)."""
-
-CLASS_POINTS: Mapping[LatencyClass, Row] = {
-    LatencyClass.REALTIME: (60, 40, 0),
-    LatencyClass.NEAR: (25, 50, 15),
-    LatencyClass.INTERACTIVE: (25, 45, 30),
-    LatencyClass.BATCH: (0, 0, 60),
+SURE = MIN_SPREAD**3
+"""Times the median: with less spread than `MIN_SPREAD`, what takes that long is not late (`utility.late`)."""
+AT_RISK, TOO_DEAR, BACKUP, LESS_RIGHT = 8, 4, 2, 1
+"""What a group is the sum of; the lower the better."""
+STEADY = 0.001
+"""Utility from accuracy and money that hysteresis may give away."""
+_WHY = {
+    AT_RISK: "is not sure to be in time",
+    TOO_DEAR: "costs too much",
+    BACKUP: "is a backup",
+    LESS_RIGHT: "is less accurate than asked for",
 }
-COMPLEXITY_POINTS: Mapping[Complexity, Row] = {
-    Complexity.SIMPLE: (30, 25, 10),
-    Complexity.MEDIUM: (0, 40, 25),
-    Complexity.COMPLEX: (0, 0, 100),
-}
-HEADROOM_POINTS = 20.0
-"""For an idle target; none for a full one."""
-COST_POINTS = 10.0
-"""For a free target; none at `max_cloud_cost`."""
-ACCURACY_POINTS = 10.0
-"""For the most accurate candidate; none for one that is `ACCURACY_SPREAD` behind it."""
-ACCURACY_SPREAD = 0.1
 
-_COLUMN = {Tier.EDGE_MCU: 0, Tier.EDGE_GPU: 1, Tier.CLOUD_GPU: 2, Tier.CLOUD_SERVERLESS: 2}
-
-
-@dataclass(slots=True)
-class Question:
-    """What policy needs of a request."""
-
-    latency_class: LatencyClass
-    complexity: Complexity
-    priority: int
-    time_left_s: float
-    allowed_regions: frozenset[str] = frozenset()
-
-
-@dataclass(slots=True)
-class Candidate:
-    """What policy needs of a target now. `unavailable` and `breaker` hold a reason, or are empty."""
-
-    name: str
-    tier: Tier
-    order: int
-    in_flight: int
-    max_concurrent: int
-    estimate: Estimate
-    accuracy: float | None
-    """Of the variant it would run; None: it has no variant of this model."""
-    model_bytes: int = 0
-    max_bytes: float = float("inf")
-    cost_usd: float = 0.0
-    region: str | None = None
-    backup: bool = False
-    unavailable: str = ""
-    breaker: str = ""
-
-
-class Constraint(StrEnum):
-    """The hard constraints, in the order in which they are looked at."""
-
-    UNAVAILABLE = "unavailable"
-    NO_VARIANT = "no_variant"
-    SIZE = "size"
-    REGION = "region"
-    BREAKER = "breaker"
-    BUSY = "busy"
-    DEADLINE = "deadline"
-
-
-@dataclass(slots=True)
-class Decision:
-    """`ranked` are names of targets in the order in which they are to be tried; `excluded` says which constraint ruled
-    each of the others out."""
-
-    ranked: tuple[str, ...]
-    scores: Mapping[str, float]
-    reasons: tuple[str, ...]
-    excluded: Mapping[str, Constraint] = field(default_factory=dict)
+Rule: TypeAlias = Literal["alone", "probe", "kept", "best"]
+_Ranked: TypeAlias = tuple[int, float, int, str, float, str, Candidate]
+"""Group, utility (negative), and the place in the chain: sorts as it is ranked. The last but one is unique."""
 
 
 def decide(question: Question, candidates: Sequence[Candidate], settings: RoutingSection) -> Decision:
-    """Rank the candidates."""
-    reasons: list[str] = []
-    excluded: dict[str, Constraint] = {}
-    possible: list[Candidate] = []
-    for candidate in sorted(candidates, key=_place):
-        objection = _objection(question, candidate)
-        if objection is None:
-            possible.append(candidate)
-        else:
-            excluded[candidate.name], text = objection
-            reasons.append(f"{candidate.name}: not asked: {text}")
-    if not possible:
-        return Decision((), {}, (*reasons, "no target can be asked"), excluded)
-
-    best_accuracy = max(candidate.accuracy or 0.0 for candidate in possible)
-    scores = {candidate.name: score(question, candidate, best_accuracy, settings) for candidate in possible}
-    first, why = _first(question, possible, scores, settings)
-    rest = sorted(
-        (candidate for candidate in possible if candidate is not first),
-        key=lambda other: (_at_risk(question, other), _too_dear(question, other, settings), *_place(other)),
-    )
-    reasons.append(f"{first.name}: {why}")
-    return Decision((first.name, *(candidate.name for candidate in rest)), scores, tuple(reasons), excluded)
+    """Rank the candidates by the policy of `settings`. Who decides often keeps a `Policy`."""
+    return Policy(settings).decide(question, candidates)
 
 
-def score(question: Question, candidate: Candidate, best_accuracy: float, settings: RoutingSection) -> float:
-    """Sum of the points of one candidate, 0 to 200."""
-    column = _COLUMN[candidate.tier]
-    points = CLASS_POINTS[question.latency_class][column] + COMPLEXITY_POINTS[question.complexity][column]
-    points += HEADROOM_POINTS * (1.0 - candidate.in_flight / candidate.max_concurrent)
-    behind = (best_accuracy - (candidate.accuracy or 0.0)) / ACCURACY_SPREAD
-    points += ACCURACY_POINTS * max(0.0, 1.0 - behind)
-    if question.priority < HIGH_PRIORITY:
-        limit = settings.max_cloud_cost
-        share = candidate.cost_usd / limit if limit > 0 else float(candidate.cost_usd > 0)
-        points += COST_POINTS * max(0.0, 1.0 - share)
-    return points
+class Policy:
+    """The policy of some settings, with what follows from them worked out once."""
 
+    __slots__ = ("_max_cost", "_probe_every", "_rows", "_settings", "_told", "_weights")
 
-def _objection(question: Question, candidate: Candidate) -> tuple[Constraint, str] | None:
-    """The first hard constraint that rules the candidate out, in words."""
-    if candidate.unavailable:
-        return Constraint.UNAVAILABLE, candidate.unavailable
-    if candidate.accuracy is None:
-        return Constraint.NO_VARIANT, "has no variant of this model"
-    if candidate.model_bytes > candidate.max_bytes:
-        return Constraint.SIZE, f"model of {candidate.model_bytes} bytes is over its limit of {candidate.max_bytes:.0f}"
-    if question.allowed_regions and candidate.tier.is_cloud and candidate.region not in question.allowed_regions:
-        return Constraint.REGION, f"region {candidate.region or 'unknown'} is not allowed"
-    if candidate.breaker:
-        return Constraint.BREAKER, candidate.breaker
-    if candidate.in_flight >= candidate.max_concurrent:
-        return Constraint.BUSY, f"busy: {candidate.in_flight} of {candidate.max_concurrent} in flight"
-    if candidate.estimate.p50_s > question.time_left_s:
-        needed, left = candidate.estimate.p50_s * 1e3, max(0.0, question.time_left_s * 1e3)
-        return Constraint.DEADLINE, f"would take {needed:.1f} ms, {left:.1f} ms of the deadline left"
-    return None
+    def __init__(self, settings: RoutingSection) -> None:
+        self._settings = settings
+        self._max_cost = settings.max_cloud_cost
+        self._weights: dict[LatencyClass, UtilityWeights] = {
+            LatencyClass.REALTIME: settings.weights.realtime,
+            LatencyClass.NEAR: settings.weights.near,
+            LatencyClass.INTERACTIVE: settings.weights.interactive,
+            LatencyClass.BATCH: settings.weights.batch,
+        }
+        self._told = {latency_class: dict(weights) for latency_class, weights in self._weights.items()}
+        self._rows = {latency_class: self._row(weights) for latency_class, weights in self._weights.items()}
+        self._probe_every = 1.0 / settings.probe_share if settings.probe_share > 0 else inf
 
+    def _row(self, weights: UtilityWeights) -> tuple[float, float, float, float, float]:
+        """Accuracy, miss, USD, bytes and load: what one unit of each is worth."""
+        price = weights.cost / self._max_cost if self._max_cost > 0 else 0.0
+        return weights.accuracy, weights.lateness, price, weights.bytes / BYTES_UNIT, weights.load
 
-def _first(
-    question: Question, possible: Sequence[Candidate], scores: Mapping[str, float], settings: RoutingSection
-) -> tuple[Candidate, str]:
-    """The target to ask first, and the rule that chose it."""
+    def decide(self, question: Question, candidates: Sequence[Candidate]) -> Decision:
+        """Rank the candidates."""
+        if self._settings.policy == "scorecard":
+            return scorecard.decide(question, candidates, self._settings)
+        possible, out = self._weighed(question, candidates)
+        weights = self._told[question.latency_class]
 
-    def best(group: Sequence[Candidate]) -> Candidate:
-        return min(group, key=lambda candidate: (-scores[candidate.name], *_place(candidate)))
+        def judge() -> tuple[Judged, ...]:
+            return self._judged(question, _refused(question, out), possible)
 
-    in_time = [candidate for candidate in possible if not _at_risk(question, candidate)] or list(possible)
-    group = [candidate for candidate in in_time if not candidate.backup] or in_time
-    if question.priority >= HIGH_PRIORITY:
-        chosen = best(group)
-        return chosen, f"best score {scores[chosen.name]:.0f}, whatever the cost (priority {question.priority})"
-    edges = [candidate for candidate in group if not candidate.tier.is_cloud]
-    clouds = [candidate for candidate in group if candidate.tier.is_cloud]
-    affordable = [candidate for candidate in clouds if not _too_dear(question, candidate, settings)]
-    if not edges:
-        chosen = best(affordable or clouds)
-        risky = any(not candidate.tier.is_cloud for candidate in possible)
-        why = "is sure to be in time" if risky else "can answer"
-        return chosen, f"score {scores[chosen.name]:.0f}; no edge tier {why}"
-    edge = best(edges)
-    if not affordable:
-        why = "no cloud lane can answer in time"
-        if clouds:
-            why = f"cloud costs more than {settings.max_cloud_cost:g} USD"
-        elif any(candidate.tier.is_cloud for candidate in possible):
-            why = "the only cloud lanes are backups or not sure to be in time"
-        return edge, f"score {scores[edge.name]:.0f}; {why}"
-    cloud = best(affordable)
-    threshold = settings.edge_preference * scores[cloud.name]
-    if scores[edge.name] >= threshold:
-        return (
-            edge,
-            f"score {scores[edge.name]:.0f} >= {settings.edge_preference:g} x {cloud.name} {scores[cloud.name]:.0f}",
+        if not possible:
+            return Decision(
+                "utility", (), lambda: (*_not_asked(question, out), "no target can be asked"), judge, weights
+            )
+        if question.accuracy is not AccuracyMode.ADAPTIVE:
+            possible = self._by_accuracy(question, possible)
+        possible.sort()
+        first, other, rule = self._first(question, possible)
+        return Decision(
+            "utility",
+            _chain(first, possible),
+            lambda: (*_not_asked(question, out), self._why(first, other, rule)),
+            judge,
+            weights,
         )
-    return cloud, f"score {scores[cloud.name]:.0f}; {edge.name} {scores[edge.name]:.0f} is below {threshold:.0f}"
+
+    def _weighed(self, question: Question, candidates: Sequence[Candidate]) -> tuple[list[_Ranked], list[Candidate]]:
+        """Group and utility of every candidate that no hard constraint rules out, and those that one does.
+
+        `decision.objection` and `utility.utility`, written out: this is done for every candidate of every request.
+        """
+        left_s = question.time_left_s
+        regions = question.allowed_regions
+        accuracy, lateness, price, byte, load = self._rows[question.latency_class]
+        max_cost, fee = self._max_cost, 0.0
+        if question.priority >= HIGH_PRIORITY:
+            price, max_cost = 0.0, inf
+        elif max_cost <= 0:
+            fee = FREE_LIMIT_SHARE * self._weights[question.latency_class].cost
+        possible: list[_Ranked] = []
+        out: list[Candidate] = []
+        for candidate in candidates:
+            estimate = candidate.estimate
+            p50_s, in_flight = estimate.p50_s, candidate.in_flight
+            if (
+                p50_s > left_s
+                or candidate.unavailable
+                or in_flight >= candidate.limit
+                or candidate.breaker
+                or candidate.budget
+                or candidate.model_bytes > candidate.max_bytes
+                or not candidate.variant
+                or (regions and candidate.tier.is_cloud and candidate.region not in regions)
+            ):
+                out.append(candidate)
+                continue
+            p95_s, right = estimate.p95_s, estimate.accuracy
+            group = BACKUP if candidate.backup else 0
+            miss = 1.0 - estimate.success
+            if left_s * p50_s * p50_s < p95_s * p95_s * p95_s or left_s < SURE * p50_s:
+                miss = 1.0 - estimate.success * (1.0 - late(p50_s, p95_s, left_s))
+                if p95_s > left_s:
+                    group += AT_RISK
+            worth = accuracy * right - lateness * miss - byte * estimate.bytes
+            if in_flight:
+                worth -= load * in_flight / candidate.limit
+            cost = estimate.cost_usd
+            if cost:
+                worth -= price * cost + fee
+                if cost > max_cost:
+                    group += TOO_DEAR
+            possible.append((group, -worth, candidate.order, candidate.target, -right, candidate.variant, candidate))
+        return possible, out
+
+    def _by_accuracy(self, question: Question, possible: list[_Ranked]) -> list[_Ranked]:
+        """With those that are less accurate than asked for in a group of their own."""
+        if question.accuracy is AccuracyMode.ACCEPTABLE:
+            least = question.accuracy_floor
+        else:
+            best_group = min(ranked[0] for ranked in possible)
+            best = max(-ranked[4] for ranked in possible if ranked[0] == best_group)
+            least = best - self._settings.high_tolerance
+        return [
+            (group + LESS_RIGHT * (-accuracy < least), worth, order, target, accuracy, variant, candidate)
+            for group, worth, order, target, accuracy, variant, candidate in possible
+        ]
+
+    def _first(self, question: Question, possible: Sequence[_Ranked]) -> tuple[_Ranked, _Ranked, Rule]:
+        """The play to ask first, the one it was preferred to, and by which rule (`possible` is sorted)."""
+        best = possible[0]
+        if len(possible) == 1:
+            return best, best, "alone"
+        probe = self._probe(question, possible)
+        if probe is not None:
+            return probe, best, "probe"
+        kept = self._kept(question, possible)
+        if kept is not None:
+            return kept, best, "kept"
+        return best, possible[1] if possible[-1][0] == best[0] else min(possible[1:], key=_by_worth), "best"
+
+    def _why(self, first: _Ranked, other: _Ranked, rule: Rule) -> str:
+        """For a person: the numbers that decided."""
+        if rule == "alone":
+            return f"{_told(first)}; nothing else can be asked"
+        rival = f"{other[3]} with {other[5]} {_facts(other)}"
+        if rule == "probe":
+            age_s = first[6].estimate.age_s
+            since = f"for {age_s:.0f} s" if age_s < inf else "yet"
+            return f"{first[3]}: {first[5]} was not tried {since}: a probe, before {rival}"
+        if rule == "kept":
+            return f"{_told(first)}, as before; {rival} is not better by {self._settings.hysteresis:g}"
+        behind = "" if other[1] >= first[1] else f" {_behind(other[0], first[0])}"
+        return f"{_told(first)}; {rival}{behind}"
+
+    def _kept(self, question: Question, possible: Sequence[_Ranked]) -> _Ranked | None:
+        """What was chosen last, if the best is not better by enough, and only by what comes and goes: nobody pays, or
+        takes worse answers, for the sake of not changing."""
+        best, previous = possible[0], question.previous
+        if previous is None or previous == (best[3], best[5]):
+            return None
+        for ranked in possible:
+            if ranked[5] == previous.variant and ranked[3] == previous.target:
+                near = ranked[0] == best[0] and ranked[1] - best[1] < self._settings.hysteresis
+                return ranked if near and self._as_good(question, ranked[6], best[6]) else None
+        return None
+
+    def _as_good(self, question: Question, kept: Candidate, best: Candidate) -> bool:
+        """In accuracy and money, which do not come and go."""
+        ours, theirs = self._terms(question, kept), self._terms(question, best)
+        return ours["accuracy"] + ours["cost"] >= theirs["accuracy"] + theirs["cost"] - STEADY
+
+    def _probe(self, question: Question, possible: Sequence[_Ranked]) -> _Ranked | None:
+        """The play of the best group that is to be tried because nothing is known of it any more: passed over often
+        enough, worth more than the best if it were sure to answer in time, and with time left for the best one after
+        it."""
+        if question.latency_class is LatencyClass.REALTIME:
+            return None
+        best = possible[0]
+        settings, every = self._settings, self._probe_every
+        room_s = question.time_left_s - 2.0 * best[6].estimate.p95_s
+        lateness = self._weights[question.latency_class].lateness
+        due: _Ranked | None = None
+        for ranked in possible:
+            candidate = ranked[6]
+            if candidate.passed_over < every or ranked[0] != best[0] or ranked is best:
+                continue
+            estimate = candidate.estimate
+            if estimate.age_s < settings.probe_after_s or estimate.p95_s > room_s:
+                continue
+            if candidate.metered and not settings.probe_metered:
+                continue
+            missing = 1.0 - estimate.success * (1.0 - late(estimate.p50_s, estimate.p95_s, question.time_left_s))
+            if -ranked[1] + lateness * missing <= -best[1]:
+                continue
+            if due is None or candidate.passed_over > due[6].passed_over:
+                due = ranked
+        return due
+
+    def _judged(
+        self,
+        question: Question,
+        refused: Sequence[tuple[Candidate, tuple[Constraint, str]]],
+        possible: Sequence[_Ranked],
+    ) -> tuple[Judged, ...]:
+        judged = [judged_of(candidate, found) for candidate, found in refused]
+        for _, negative, *_, candidate in possible:
+            parts = self._terms(question, candidate)
+            risky = candidate.estimate.p95_s > question.time_left_s
+            judged.append(judged_of(candidate, None, risky=risky, utility=-negative, terms=parts))
+        return tuple(judged)
+
+    def _terms(self, question: Question, candidate: Candidate) -> dict[str, float]:
+        estimate = candidate.estimate
+        return terms(
+            self._weights[question.latency_class],
+            accuracy=estimate.accuracy,
+            late=late(estimate.p50_s, estimate.p95_s, question.time_left_s),
+            success=estimate.success,
+            cost_usd=0.0 if question.priority >= HIGH_PRIORITY else estimate.cost_usd,
+            max_cost_usd=self._max_cost,
+            bytes=estimate.bytes,
+            load=candidate.in_flight / candidate.limit,
+        )
 
 
-def _place(candidate: Candidate) -> tuple[int, str]:
-    """In the fallback chain; lanes of one kind by name."""
-    return candidate.order, candidate.name
+def _not_asked(question: Question, out: Sequence[Candidate]) -> list[str]:
+    return not_asked(_refused(question, out)) if out else []
 
 
-def _at_risk(question: Question, candidate: Candidate) -> bool:
-    """In time at the median, too late at the 95th percentile: tried only after the safe ones."""
-    return candidate.estimate.p95_s > question.time_left_s
+def _refused(question: Question, candidates: Sequence[Candidate]) -> list[tuple[Candidate, tuple[Constraint, str]]]:
+    found = ((candidate, objection(question, candidate)) for candidate in candidates)
+    return [(candidate, why) for candidate, why in found if why is not None]
 
 
-def _too_dear(question: Question, candidate: Candidate, settings: RoutingSection) -> bool:
-    return question.priority < HIGH_PRIORITY and candidate.cost_usd > settings.max_cloud_cost
+def _chain(first: _Ranked, possible: Sequence[_Ranked]) -> tuple[Play, ...]:
+    """`first`; then group by group the best play of each target that was not named yet, and what is left of them."""
+    chain = [first[6].play]
+    second: list[Play] = []
+    seen, group = {first[3]}, first[0]
+    for ranked in possible:
+        if ranked[0] != group:
+            chain += second
+            second, group = [], ranked[0]
+        target = ranked[3]
+        if target not in seen:
+            seen.add(target)
+            chain.append(ranked[6].play)
+        elif ranked is not first:
+            second.append(ranked[6].play)
+    return (*chain, *second)
+
+
+def _behind(group: int, best: int) -> str:
+    """Why a play of this group comes after one of a better group."""
+    return next(text for reason, text in _WHY.items() if group & reason > best & reason)
+
+
+def _by_worth(ranked: _Ranked) -> tuple[float, int, str, float, str]:
+    return ranked[1:6]
+
+
+def _told(ranked: _Ranked) -> str:
+    return f"{ranked[3]}: {ranked[5]} is worth {_facts(ranked)}"
+
+
+def _facts(ranked: _Ranked) -> str:
+    """What a play is worth, and what a person needs to see why."""
+    estimate = ranked[6].estimate
+    return (
+        f"{-ranked[1]:.3f} ({100 * estimate.accuracy:.1f} % right,"
+        f" {estimate.p50_s * 1e3:.1f} to {estimate.p95_s * 1e3:.1f} ms, {estimate.cost_usd:g} USD)"
+    )

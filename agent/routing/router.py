@@ -1,89 +1,70 @@
-"""Tries the ranked targets one after the other until one answers or the deadline leaves no room for another."""
+"""Who could answer, and who is asked: holds what is known of every target, decides, and has the ranking walked."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from agent.config import RoutingSection
 from agent.core.clock import Clock
-from agent.core.errors import TargetBusy, TargetError, TargetFailed, TargetTimeout
-from agent.core.types import Attempt, Complexity, InferenceRequest, TargetAnswer
-from agent.core.within import within
+from agent.core.types import AccuracyMode, Attempt, Complexity, InferenceRequest, LatencyClass
 from agent.registry.catalog import Family, Variant, complexity
+from agent.routing.attempt import AccuracyOf, Asking, TargetState
 from agent.routing.breaker import Breaker, BreakerState
-from agent.routing.estimate import Estimate, TargetTimes
-from agent.routing.policy import Candidate, Constraint, Decision, Question, decide
+from agent.routing.decision import Budgets, Candidate, Constraint, Decision, Limit, Play, Question
+from agent.routing.estimate import Estimate, TrackRecord
+from agent.routing.policy import Policy
+from agent.routing.walk import MARGIN_S, NoAnswer, Routed, Variants, Walk, breaker_reason
 from agent.targets.base import Target, TargetTraits
 
-log = logging.getLogger(__name__)
+__all__ = ["Among", "NoAnswer", "Routed", "Router", "Variants", "of_the_catalogue"]
 
-MARGIN_S = 0.0005
-"""Kept back from every deadline to build and send the answer, or to find a stale one."""
-RESERVE_FACTOR = 2.0
-RESERVE_SHARE = 0.1
-"""An attempt leaves the next target this multiple of its 95th percentile, and at least this share of what is left."""
-GRACE_S = 0.005
-"""A target that overruns its attempt's deadline by this much is cut off, and at the request's deadline in any case."""
-
-
-@dataclass(slots=True)
-class TargetState:
-    """What routing remembers of one target."""
-
-    target: Target
-    traits: TargetTraits
-    breaker: Breaker
-    in_flight: int = 0
-    requests: int = 0
-    failures: int = 0
-    was_available: bool = False
-    times: dict[str, TargetTimes] = field(default_factory=dict)
-
-    def times_of(self, variant: Variant) -> TargetTimes:
-        times = self.times.get(variant.name)
-        if times is None:
-            times = self.times[variant.name] = TargetTimes(self.traits.prior_s)
-        return times
+Among: TypeAlias = Callable[[TargetTraits, Variant], bool]
+"""Says of a play whether it may be asked at all."""
+LimitFor: TypeAlias = Callable[[TargetTraits], Limit]
+FloorOf: TypeAlias = Callable[[Family], float]
+Watcher: TypeAlias = Callable[[InferenceRequest, Decision, Sequence[Attempt]], None]
+"""Told of every decision of `run`, before its first attempt; the attempts are filled in as they end."""
 
 
-@dataclass(slots=True)
-class Routed:
-    """A fresh answer, by whom, and how it came about."""
-
-    answer: TargetAnswer
-    traits: TargetTraits
-    variant: Variant
-    attempts: tuple[Attempt, ...]
-    reasons: tuple[str, ...]
-    cost_usd: float
-
-
-class NoAnswer(Exception):
-    """No target answered. `late`: because the deadline left no room, not because all failed."""
-
-    def __init__(
-        self, attempts: Sequence[Attempt], reasons: Sequence[str], *, late: bool, busy: bool, cost_usd: float
-    ) -> None:
-        super().__init__("no target answered")
-        self.attempts = tuple(attempts)
-        self.reasons = tuple(reasons)
-        self.late = late
-        self.busy = busy
-        self.cost_usd = cost_usd
+def of_the_catalogue(variant: Variant) -> float:
+    """The share of held-out samples that the variant got right."""
+    return variant.accuracy.value
 
 
 class Router:
-    """Holds the breaker, the estimates and the in-flight count of every target."""
+    """Holds the breaker, the estimates, the limit and the in-flight count of every target.
 
-    def __init__(self, targets: Sequence[Target], settings: RoutingSection, clock: Clock) -> None:
+    `accuracy_of` says what share of a variant's answers is right, `floor_of` which share `accuracy: acceptable` asks of
+    a family's; `limit_for` makes the limit of a target's attempts in flight (default: its `max_concurrent`).
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        settings: RoutingSection,
+        clock: Clock,
+        *,
+        budgets: Budgets | None = None,
+        accuracy_of: AccuracyOf = of_the_catalogue,
+        floor_of: FloorOf | None = None,
+        limit_for: LimitFor | None = None,
+        watcher: Watcher | None = None,
+    ) -> None:
         self._settings = settings
+        self._policy = Policy(settings)
         self._clock = clock
+        self._budgets = budgets
+        self._watcher = watcher
+        self._floor_of = floor_of
+        self._decisions = 0
         self._states = {
-            target.traits.name: TargetState(target, target.traits, Breaker(settings.breaker))
+            target.traits.name: TargetState.of(
+                target,
+                Breaker(settings.breaker),
+                None if limit_for is None else limit_for(target.traits),
+                accuracy_of,
+            )
             for target in sorted(targets, key=lambda target: target.traits.order)
         }
         if len(self._states) != len(targets):
@@ -101,254 +82,232 @@ class Router:
             self._complexities[family.name] = grade
         return grade
 
+    def lanes(self, latency_class: LatencyClass) -> list[tuple[TargetTraits, int, int]]:
+        """Cloud targets that can be asked now: what they are, attempts in flight, and how many leave room for one of
+        that class."""
+        now = self._clock.monotonic()
+        return [
+            (state.traits, state.in_flight, state.limit.limit(now, latency_class))
+            for state in self._states.values()
+            if state.traits.tier.is_cloud and state.target.availability().available
+        ]
+
     def available(self) -> bool:
         """Whether any target can be asked now."""
         return any(state.target.availability().available for state in self._states.values())
 
-    def decide(self, request: InferenceRequest, family: Family, now: float) -> tuple[Decision, dict[str, Variant]]:
-        """Rank the targets for a request; also the variant that each of them would run."""
+    def on_free(self, told: Callable[[], None]) -> None:
+        """Be told whenever an attempt has ended, so that some target may have room."""
+        for state in self._states.values():
+            state.on_free = told
+
+    def full(self, request: InferenceRequest, family: Family) -> bool:
+        """Whether nothing but full targets stands in the way of an answer now."""
+        decision, _ = self.decide(request, family, self._clock.monotonic())
+        return not decision.ranked and Constraint.BUSY in decision.excluded.values()
+
+    def quickest_s(self, request: InferenceRequest, family: Family) -> float:
+        """The least that an answer usually takes, of whatever target can be asked at all; 0 if none can."""
+        now = self._clock.monotonic()
+        return min(
+            (
+                state.estimate(variant, now).idle_s
+                for state in self._states.values()
+                if state.target.availability().available
+                for variant in state.target.variants_for(family, request.variant)
+            ),
+            default=0.0,
+        )
+
+    def decide(
+        self,
+        request: InferenceRequest,
+        family: Family,
+        now: float,
+        *,
+        among: Among | None = None,
+        deadline: float | None = None,
+    ) -> tuple[Decision, Variants]:
+        """Rank the plays for a request; also the variant of each."""
         grade = (
             complexity(family.variants[request.variant], simple=self._simple, medium=self._medium)
             if request.variant
             else self.complexity_of(family)
         )
-        question = Question(
-            latency_class=request.latency_class,
-            complexity=grade,
-            priority=request.priority,
-            time_left_s=request.deadline - MARGIN_S - now,
-            allowed_regions=request.allowed_regions,
-        )
-        variants: dict[str, Variant] = {}
-        candidates = []
-        for name, state in self._states.items():
-            variant = state.target.variant_for(family, request.variant)
-            if variant is not None:
-                variants[name] = variant
-            candidates.append(self._candidate(state, variant, now))
-        return decide(question, candidates, self._settings), variants
-
-    async def run(self, request: InferenceRequest, family: Family) -> Routed:
-        """Ask until one answers. Raises `NoAnswer`."""
-        now = self._clock.monotonic()
-        decision, variants = self.decide(request, family, now)
-        attempts: list[Attempt] = []
-        reasons = list(decision.reasons)
-        cost_usd = 0.0
-        late = False
-        for position, name in enumerate(decision.ranked):
-            tries_left = request.max_retries - len(attempts) + 1
-            if not tries_left:
-                break
-            state, variant = self._states[name], variants[name]
-            now = self._clock.monotonic()
-            following = decision.ranked[position + 1 :] if tries_left > 1 else ()
-            until = self._attempt_deadline(request, following, variants, state, variant, now)
-            if position > 0:
-                objection = self._objection(state, variant, until, now)
-                if objection:
-                    constraint, text = objection
-                    reasons.append(f"{name}: skipped: {text}")
-                    late = late or constraint is Constraint.DEADLINE
+        end = request.deadline if deadline is None else min(deadline, request.deadline)
+        asking = Asking(request, family, end, self._clock, self._budgets)
+        variants: dict[Play, Variant] = {}
+        candidates: list[Candidate] = []
+        latest, previous = 0, None
+        for state in self._states.values():
+            able = state.target.variants_for(family, request.variant)
+            if among is not None:
+                able = [variant for variant in able if among(state.traits, variant)]
+                if not able:
                     continue
-                reasons.append(f"{name}: next in the chain")
-            answer, attempt = await self._attempt(request, family, state, variant, until)
-            attempts.append(attempt)
-            if attempt.outcome != TargetBusy.code:
-                cost_usd += state.traits.cost_usd
-            if answer is not None:
-                return Routed(answer, state.traits, variant, tuple(attempts), tuple(reasons), cost_usd)
-            reasons.append(f"{name}: {attempt.outcome} after {attempt.elapsed_s * 1e3:.1f} ms: {attempt.error}")
-        excluded = set(decision.excluded.values())
-        late = late or Constraint.DEADLINE in excluded or self._clock.monotonic() >= request.deadline - MARGIN_S
-        busy = bool(attempts or Constraint.BUSY in excluded) and all(
-            attempt.outcome == TargetBusy.code for attempt in attempts
+            facts = _facts(state, request.latency_class, now)
+            for variant in able:
+                play, record = state.play(variant), state.record(variant)
+                variants[play] = variant
+                candidates.append(_candidate(state, variant, play, record, facts, asking, now))
+                chosen = record.chosen.get(request.latency_class, 0)
+                if chosen > latest:
+                    latest, previous = chosen, play
+            if not able:
+                candidates.append(_without_variant(state, facts))
+        question = Question(
+            request.latency_class,
+            grade,
+            request.priority,
+            end - MARGIN_S - now,
+            request.allowed_regions,
+            request.accuracy,
+            self._floor(request, family),
+            previous,
         )
-        raise NoAnswer(attempts, reasons, late=late, busy=busy, cost_usd=cost_usd)
+        return self._policy.decide(question, candidates), variants
 
-    async def _attempt(
-        self, request: InferenceRequest, family: Family, state: TargetState, variant: Variant, until: float
-    ) -> tuple[TargetAnswer | None, Attempt]:
-        """One try. Feeds the breaker and the estimates; raises nothing but `CancelledError` of its own task."""
-        started = self._clock.monotonic()
-        cut_off = max(until, min(until + GRACE_S, request.deadline))
-        state.in_flight += 1
-        state.requests += 1
-        probe = state.breaker.began(started)
-        error: TargetError
-        try:
-            # A span, not a moment: an event loop's clock may be coarser than ours.
-            answer = await within(cut_off - started, state.target.infer(request, family, variant, until))
-        except TimeoutError:
-            error = TargetTimeout("did not keep its deadline")
-        except TargetError as raised:
-            error = raised
-        except asyncio.CancelledError:
-            if _cancelled_from_outside():
-                state.breaker.released(probe=probe)
-                raise
-            error = TargetFailed("the target cancelled what it was asked")
-        except Exception as defect:  # a target's fault must not lose the request: it is named, and the next is asked
-            log.exception("target raised what is no TargetError", extra={"target": state.traits.name})
-            error = TargetFailed(f"{type(defect).__name__}: {defect}")
-        else:
-            now = self._clock.monotonic()
-            state.breaker.succeeded()
-            state.times_of(variant).observe(now, service_s=answer.compute_s, link_s=answer.link_s)
-            return answer, _attempt_record(state, variant, "ok", now - started)
-        finally:
-            state.in_flight -= 1
-        now = self._clock.monotonic()
-        self._count_failure(
-            state, state.times_of(variant), error, probe, now, waited_s=now - started, given_s=until - started
-        )
-        return None, _attempt_record(state, variant, error.code, now - started, str(error))
+    def _floor(self, request: InferenceRequest, family: Family) -> float:
+        if request.accuracy is not AccuracyMode.ACCEPTABLE or self._floor_of is None:
+            return 0.0
+        return self._floor_of(family)
 
-    @staticmethod
-    def _count_failure(
-        state: TargetState,
-        times: TargetTimes,
-        error: TargetError,
-        probe: bool,
-        now: float,
-        *,
-        waited_s: float,
-        given_s: float,
-    ) -> None:
-        """Tell the breaker and the estimates of an attempt that was given `given_s` and failed after `waited_s`."""
-        state.failures += 1
-        hurried = False
-        if isinstance(error, TargetTimeout):
-            # A wait shorter than the target usually takes says more about the deadline than about the target.
-            hurried = given_s < times.estimate(now, 0, 1).p50_s / 2
-            times.observe_timeout(now, waited_s)
-        if error.counts and not hurried:
-            state.breaker.failed(now, probe=probe, permanent=error.permanent)
-        else:
-            state.breaker.released(probe=probe)
+    async def run(
+        self, request: InferenceRequest, family: Family, *, among: Among | None = None, deadline: float | None = None
+    ) -> Routed:
+        """Ask until one answers, by `deadline` if that is sooner than the request's; only plays that `among` lets pass.
 
-    def _candidate(self, state: TargetState, variant: Variant | None, now: float) -> Candidate:
-        availability = state.target.availability()
-        if availability.available and not state.was_available:
-            state.breaker.came_back(now)
-        state.was_available = availability.available
-        traits = state.traits
-        estimate = (
-            state.times_of(variant).estimate(now, state.in_flight, traits.parallel)
-            if variant is not None
-            else Estimate(traits.prior_s, traits.prior_s, measured=False)
-        )
-        return Candidate(
-            name=traits.name,
-            tier=traits.tier,
-            order=traits.order,
-            in_flight=state.in_flight,
-            max_concurrent=traits.max_concurrent,
-            estimate=estimate,
-            accuracy=variant.accuracy.value if variant is not None else None,
-            model_bytes=variant.bytes if variant is not None else 0,
-            max_bytes=traits.max_bytes,
-            cost_usd=traits.cost_usd,
-            region=traits.region,
-            backup=traits.backup,
-            unavailable="" if availability.available else availability.reason or "unavailable",
-            breaker="" if state.breaker.allows(now) else _breaker_reason(state.breaker, now),
-        )
+        Raises `NoAnswer`.
+        """
+        end = request.deadline if deadline is None else min(deadline, request.deadline)
+        decision, variants = self.decide(request, family, self._clock.monotonic(), among=among, deadline=end)
+        self._remember(request.latency_class, decision, variants)
+        asking = Asking(request, family, end, self._clock, self._budgets)
+        walk = Walk(asking, decision, variants, self._states, self._settings)
+        if self._watcher is not None:
+            self._watcher(request, decision, walk.attempts)
+        return await walk.run()
 
-    def _objection(
-        self, state: TargetState, variant: Variant, until: float, now: float
-    ) -> tuple[Constraint, str] | None:
-        """What has changed since the ranking: time has passed, others may have taken the place."""
-        availability = state.target.availability()
-        if not availability.available:
-            return Constraint.UNAVAILABLE, availability.reason or "unavailable"
-        if not state.breaker.allows(now):
-            return Constraint.BREAKER, _breaker_reason(state.breaker, now)
-        if state.in_flight >= state.traits.max_concurrent:
-            return Constraint.BUSY, "busy"
-        needed = state.times_of(variant).estimate(now, state.in_flight, state.traits.parallel).p50_s
-        if now + needed > until:
-            left = max(0.0, until - now)
-            return Constraint.DEADLINE, f"would take {needed * 1e3:.1f} ms, {left * 1e3:.1f} ms are left for it"
-        return None
-
-    def _attempt_deadline(
-        self,
-        request: InferenceRequest,
-        following: Sequence[str],
-        variants: Mapping[str, Variant],
-        state: TargetState,
-        variant: Variant,
-        now: float,
-    ) -> float:
-        """When an attempt must end: early enough for the quickest of the following targets to be tried as well, unless
-        that would leave this one less than it usually takes."""
-        end = request.deadline - MARGIN_S
-        until = end
-        others = [
-            other.times_of(variants[name]).estimate(now, other.in_flight, other.traits.parallel).p95_s
-            for name in following
-            if (other := self._states[name]).breaker.allows(now) and other.target.availability().available
-        ]
-        if others:
-            own = state.times_of(variant).estimate(now, state.in_flight, state.traits.parallel).p95_s
-            share = RESERVE_SHARE * (end - now)
-            reserve = max(RESERVE_FACTOR * min(others), share) + min(GRACE_S, share)
-            until = min(end, max(end - reserve, now + own))
-        until = min(until, now + state.traits.timeout_s)
-        if request.timeout_ms is not None:
-            until = min(until, now + request.timeout_ms / 1e3)
-        return until
+    def _remember(self, latency_class: LatencyClass, decision: Decision, variants: Variants) -> None:
+        """What was chosen, for hysteresis; what was passed over, for probes."""
+        self._decisions += 1
+        for position, play in enumerate(decision.ranked):
+            record = self._states[play.target].record(variants[play])
+            if position == 0:
+                record.passed_over = 0
+                record.chosen[latency_class] = self._decisions
+            elif latency_class is not LatencyClass.REALTIME:
+                record.passed_over += 1
 
     def status(self) -> list[dict[str, Any]]:
         """Every target for `/status`, in the order of the chain."""
         now = self._clock.monotonic()
-        return [self._target_status(state, now) for state in self._states.values()]
-
-    def _target_status(self, state: TargetState, now: float) -> dict[str, Any]:
-        availability, traits, breaker = state.target.availability(), state.traits, state.breaker
-        service = {}
-        for name, times in state.times.items():
-            estimate = times.estimate(now, 0, traits.parallel)
-            if estimate.measured:
-                service[name] = {"p50": round(estimate.p50_s * 1e3, 3), "p95": round(estimate.p95_s * 1e3, 3)}
-        return {
-            "name": traits.name,
-            "tier": traits.tier.value,
-            "order": traits.order,
-            "available": availability.available and breaker.allows(now),
-            "reason": availability.reason or ("" if breaker.allows(now) else _breaker_reason(breaker, now)),
-            "in_flight": state.in_flight,
-            "max_concurrent": traits.max_concurrent,
-            "breaker": {
-                "state": breaker.state.value,
-                "failures": breaker.consecutive_failures,
-                "retry_in_s": round(max(0.0, breaker.retry_at - now), 3) if breaker.state is BreakerState.OPEN else 0.0,
-            },
-            "cost_usd": traits.cost_usd,
-            "region": traits.region,
-            "service_ms": max(service.values(), key=lambda times: times["p95"], default=None),
-            "service_ms_by_variant": service,
-            "requests": state.requests,
-            "failures": state.failures,
-            "detail": dict(state.target.status()),
-        }
+        return [target_status(state, now) for state in self._states.values()]
 
 
-def _cancelled_from_outside() -> bool:
-    task = asyncio.current_task()
-    return task is None or task.cancelling() > 0
+def target_status(state: TargetState, now: float) -> dict[str, Any]:
+    """One target for `/status`."""
+    availability, traits, breaker = state.target.availability(), state.traits, state.breaker
+    service = {}
+    for name, record in state.records.items():
+        estimate = record.estimate(now, 0, traits.parallel)
+        if estimate.measured:
+            service[name] = {"p50": round(estimate.p50_s * 1e3, 3), "p95": round(estimate.p95_s * 1e3, 3)}
+    return {
+        "name": traits.name,
+        "tier": traits.tier.value,
+        "order": traits.order,
+        "available": availability.available and breaker.allows(now),
+        "reason": availability.reason or ("" if breaker.allows(now) else breaker_reason(breaker, now)),
+        "in_flight": state.in_flight,
+        "max_concurrent": traits.max_concurrent,
+        "limit": state.limit.limit(now, LatencyClass.REALTIME),
+        "breaker": {
+            "state": breaker.state.value,
+            "failures": breaker.consecutive_failures,
+            "retry_in_s": round(max(0.0, breaker.retry_at - now), 3) if breaker.state is BreakerState.OPEN else 0.0,
+        },
+        "cost_usd": traits.cost_usd,
+        "region": traits.region,
+        "service_ms": max(service.values(), key=lambda times: times["p95"], default=None),
+        "service_ms_by_variant": service,
+        "requests": state.requests,
+        "failures": state.failures,
+        "detail": dict(state.target.status()),
+    }
 
 
-def _breaker_reason(breaker: Breaker, now: float) -> str:
-    if now >= breaker.retry_at:
-        return "breaker is half open: a probe is under way"
-    return (
-        f"breaker is open after {breaker.consecutive_failures} failures, next probe in {breaker.retry_at - now:.1f} s"
+class _Facts(NamedTuple):
+    """What is so of a target now, whichever variant it is to run: why it cannot be asked, and its limit."""
+
+    unavailable: str
+    broken: str
+    limit: int
+
+
+def _facts(state: TargetState, latency_class: LatencyClass, now: float) -> _Facts:
+    availability, breaker = state.target.availability(), state.breaker
+    if availability.available and not state.was_available:
+        breaker.came_back(now)
+    state.was_available = availability.available
+    return _Facts(
+        "" if availability.available else availability.reason or "unavailable",
+        "" if breaker.allows(now) else breaker_reason(breaker, now),
+        state.limit.limit(now, latency_class),
     )
 
 
-def _attempt_record(
-    state: TargetState, variant: Variant, outcome: str, elapsed_s: float, error: str | None = None
-) -> Attempt:
-    return Attempt(state.traits.name, state.traits.tier, variant.id, outcome, elapsed_s, error)
+def _candidate(
+    state: TargetState,
+    variant: Variant,
+    play: Play,
+    record: TrackRecord,
+    facts: _Facts,
+    asking: Asking,
+    now: float,
+) -> Candidate:
+    traits, in_flight = state.traits, state.in_flight
+    request, accuracy = asking.request, state.accuracy_of(variant)
+    if request.accuracy is AccuracyMode.ADAPTIVE and request.variant is None:
+        accuracy = min(1.0, accuracy + variant.cascade_gain)
+    estimate = record.estimate(now, in_flight, traits.parallel, traits.cost_usd, accuracy)
+    unavailable, broken, limit = facts
+    return Candidate(
+        traits.name,
+        traits.tier,
+        traits.order,
+        variant.id,
+        in_flight,
+        limit,
+        estimate,
+        variant.bytes,
+        traits.max_bytes,
+        traits.region,
+        traits.backup,
+        traits.metered,
+        unavailable,
+        broken,
+        asking.over_budget(state, estimate, now) if asking.budgets is not None else "",
+        record.passed_over,
+        play,
+    )
+
+
+def _without_variant(state: TargetState, facts: _Facts) -> Candidate:
+    """A target that has no variant of the model: it is told of, not asked."""
+    traits = state.traits
+    return Candidate(
+        traits.name,
+        traits.tier,
+        traits.order,
+        "",
+        state.in_flight,
+        facts.limit,
+        Estimate(traits.prior_s, traits.prior_s, measured=False, cost_usd=traits.cost_usd),
+        max_bytes=traits.max_bytes,
+        region=traits.region,
+        backup=traits.backup,
+        metered=traits.metered,
+        unavailable=facts.unavailable,
+        breaker=facts.broken,
+    )

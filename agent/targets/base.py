@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Protocol
 
 from agent.core.types import InferenceRequest, TargetAnswer, Tier
@@ -27,7 +28,9 @@ class TargetTraits:
 
     `max_bytes` is the largest model file the target takes; `timeout_s` bounds any single attempt; `cost_usd` is the
     price of one request; `order` is its place in the fallback chain (lower is asked earlier); `parallel` is how many
-    requests it computes at once, `prior_s` what an attempt is taken to cost until one was measured.
+    requests it computes at once, `prior_s` what an attempt is taken to cost until one was measured, of which
+    `prior_link_s` for the way there and back; `bytes_per_s` is what the way carries (infinite: nothing is sent), and
+    `overhead_bytes` what is sent besides tensors; `metered` says that the gateway's owner pays by what is sent.
     """
 
     name: str
@@ -41,6 +44,10 @@ class TargetTraits:
     backup: bool = False
     parallel: int = 1
     prior_s: float = 0.005
+    prior_link_s: float = 0.0
+    bytes_per_s: float = inf
+    overhead_bytes: int = 0
+    metered: bool = False
 
 
 class Target(Protocol):
@@ -60,6 +67,10 @@ class Target(Protocol):
 
     def variant_for(self, family: Family, pinned: str | None) -> Variant | None:
         """The variant this target would run now, or None if it cannot answer for this family."""
+        ...
+
+    def variants_for(self, family: Family, pinned: str | None) -> Sequence[Variant]:
+        """Every variant this target could run now; none if it cannot answer for this family."""
         ...
 
     async def infer(self, request: InferenceRequest, family: Family, variant: Variant, deadline: float) -> TargetAnswer:

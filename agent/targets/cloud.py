@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -43,7 +43,12 @@ REPLY_ROOM = 4 << 20
 """Bytes: the largest reply that the broker may pass on."""
 MAX_WORKERS = 256
 PRIOR_S = 0.05
-"""What a request is taken to cost until one was measured: a round trip to a data centre on the same continent."""
+PRIOR_LINK_S = 0.045
+"""What a request is taken to need until one was measured, in all and for the way there and back: a round trip to a data
+centre on the same continent."""
+PRIOR_BYTES_PER_S = 1e6
+OVERHEAD_BYTES = 500
+"""JSON headers of request and reply; what MQTT adds is not counted, here or when it is measured."""
 
 
 @dataclass(slots=True)
@@ -79,17 +84,21 @@ class CloudLane:
             if "cloud" in variant.targets
         }
         self._traits = TargetTraits(
-            name=f"cloud:{lane.name}",
+            name=lane.target,
             tier=Tier.CLOUD_SERVERLESS if serverless else Tier.CLOUD_GPU,
             order=20 + 10 * serverless + 20 * lane.backup,
             max_concurrent=lane.max_concurrent,
             timeout_s=lane.timeout_ms / 1e3,
             parallel=lane.max_concurrent,
             prior_s=PRIOR_S,
+            prior_link_s=PRIOR_LINK_S,
+            bytes_per_s=PRIOR_BYTES_PER_S,
+            overhead_bytes=OVERHEAD_BYTES,
             max_bytes=max_bytes,
             cost_usd=lane.cost_per_request,
             region=lane.region,
             backup=lane.backup,
+            metered=lane.cost_per_request > 0 if lane.metered is None else lane.metered,
         )
         instance = os.urandom(4).hex()  # two daemons of one name must not read each other's replies
         self._reply_topic = protocol.reply_topic(lane.topic, gateway_id, instance)
@@ -108,7 +117,7 @@ class CloudLane:
         self._waiting: dict[bytes, asyncio.Future[Message]] = {}
         self._workers: dict[str, _Present] = {}
         self._next_expiry = math.inf
-        self._choices: dict[tuple[str, str | None], Variant | None] = {}
+        self._choices: dict[tuple[str, str | None], tuple[Variant, ...]] = {}
 
     @property
     def traits(self) -> TargetTraits:
@@ -137,17 +146,20 @@ class CloudLane:
 
     def variant_for(self, family: Family, pinned: str | None) -> Variant | None:
         """The most accurate cloud variant that a present worker has, or the pinned one if some worker has it."""
+        return max(self.variants_for(family, pinned), key=lambda variant: variant.accuracy.value, default=None)
+
+    def variants_for(self, family: Family, pinned: str | None) -> Sequence[Variant]:
+        """Every cloud variant that a present worker has."""
         self._expire()
         choice = (family.name, pinned)
         if choice not in self._choices:
             served = {model.sha256 for present in self._workers.values() for model in present.presence.models}
             served &= self._usable
-            candidates = [
+            self._choices[choice] = tuple(
                 variant
                 for variant in family.variants.values()
                 if variant.sha256 in served and pinned in (None, variant.id)
-            ]
-            self._choices[choice] = max(candidates, key=lambda variant: variant.accuracy.value, default=None)
+            )
         return self._choices[choice]
 
     async def infer(self, request: InferenceRequest, family: Family, variant: Variant, deadline: float) -> TargetAnswer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from agent.config import GpuSection
@@ -90,6 +90,7 @@ class GatewayTarget:
         )
         self._plans: dict[str, _Plan] = {}
         self._best: dict[str, Variant] = {}
+        self._runnable: dict[str, tuple[Variant, ...]] = {}
         self._refused: dict[str, str] = {}
         self._loading: asyncio.Task[None] | None = None
         self._loaded = False
@@ -120,6 +121,15 @@ class GatewayTarget:
             return self._best.get(family.name)
         plan = self._plans.get(f"{family.name}/{pinned}")
         return None if plan is None else plan.variant
+
+    def variants_for(self, family: Family, pinned: str | None) -> Sequence[Variant]:
+        """Every variant that is loaded; while loading, those that will be."""
+        if not self._loaded:
+            return family.variants_for("edge_gpu", pinned)
+        if pinned is None:
+            return self._runnable.get(family.name, ())
+        plan = self._plans.get(f"{family.name}/{pinned}")
+        return () if plan is None else (plan.variant,)
 
     async def infer(self, request: InferenceRequest, family: Family, variant: Variant, deadline: float) -> TargetAnswer:
         began = self._clock.monotonic()
@@ -181,6 +191,7 @@ class GatewayTarget:
             outcome = outcomes[variant.sha256]
             if isinstance(outcome, LoadedModel):
                 self._plans[variant.name] = _Plan(family, variant)
+                self._runnable[family.name] = (*self._runnable.get(family.name, ()), variant)
                 best = self._best.get(family.name)
                 if best is None or variant.accuracy.value > best.accuracy.value:
                     self._best[family.name] = variant

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from agent.config import McuSection
@@ -26,6 +26,13 @@ from agent.targets.base import AVAILABLE, Availability, TargetTraits
 from agent.targets.mcu_board import Board, Connect
 from agent.wire.codes import ErrorCode
 from agent.wire.messages import MODEL_ID_BYTES
+
+BITS_PER_BYTE = 10
+"""On the line: eight, a start bit and a stop bit."""
+OVERHEAD_BYTES = 56
+"""Of frames and messages of one INFER and its RESULT, besides the tensors."""
+PRIOR_LINK_S = 0.001
+"""Taken for the way there and back until it was measured: a USB bridge's latency."""
 
 _NOT_THERE: Final = (ErrorCode.MODEL_MISMATCH, ErrorCode.NO_MODEL, ErrorCode.NO_ENGINE, ErrorCode.VERSION)
 """Refusals that mean the board is not what we thought."""
@@ -56,6 +63,9 @@ class McuTarget:
             timeout_s=section.timeout_ms / 1e3,
             parallel=max(1, len(section.ports)),
             max_bytes=max_bytes,
+            prior_link_s=PRIOR_LINK_S,
+            bytes_per_s=section.baud / BITS_PER_BYTE,
+            overhead_bytes=OVERHEAD_BYTES,
         )
         self._clock = clock
         self._max_concurrent = section.max_concurrent
@@ -95,6 +105,18 @@ class McuTarget:
             if best is None or variant.accuracy.value > best.accuracy.value:
                 best = variant
         return best
+
+    def variants_for(self, family: Family, pinned: str | None) -> Sequence[Variant]:
+        """What is on the boards, each once."""
+        return tuple(
+            {
+                variant.sha256: variant
+                for board in self._boards
+                if (variant := board.variant) is not None
+                and variant.model == family.name
+                and pinned in (None, variant.id)
+            }.values()
+        )
 
     async def infer(self, request: InferenceRequest, family: Family, variant: Variant, deadline: float) -> TargetAnswer:
         began = self._clock.monotonic()

@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 from agent import __version__
 from agent.core.errors import DeadlineExceeded, InferenceError, TargetBusy
 from agent.core.types import Attempt, InferenceResult, LatencyClass
+from agent.telemetry.quality import Quality, drift_families
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -65,9 +66,11 @@ class Metrics:
         self._answers: dict[_Key, _Answers] = {}
         self._refusals: dict[_Key, int] = {}
         self._attempts: dict[_Key, int] = {}
+        self._hedges: dict[_Key, int] = {}
         self._costs: dict[_Key, float] = {}
         self._malformed: dict[_Key, int] = {}
         self._abandoned = 0
+        self.quality = Quality()
         self._status: Callable[[], Mapping[str, Any]] | None = None
         self._status_failures = 0
         self.registry = CollectorRegistry(auto_describe=False)
@@ -144,6 +147,8 @@ class Metrics:
     def _tried(self, attempts: Sequence[Attempt], cost_usd: float) -> None:
         for attempt in attempts:
             _count(self._attempts, (attempt.target, attempt.outcome))
+            if attempt.hedge:
+                _count(self._hedges, (attempt.target, attempt.outcome))
         if cost_usd:
             paid = [a.target for a in attempts if a.tier.is_cloud and a.outcome != TargetBusy.code] or [_OTHER]
             for lane in paid:  # an attempt does not say its price: several lanes in one request share the sum
@@ -160,6 +165,12 @@ class Metrics:
             "malformed", "Messages that did not become a request.", ("door", "code"), self._malformed.items()
         )
         yield _counter("attempts", "Tries on a target, by outcome.", ("target", "outcome"), self._attempts.items())
+        yield _counter(
+            "hedges",
+            "Tries begun while another was late, by outcome; they are among the tries.",
+            ("target", "outcome"),
+            self._hedges.items(),
+        )
         yield GaugeMetricFamily("edge_agent_active_requests", "Admitted and not yet finished.", self.active)
         yield _gauge("build_info", "Always 1.", ("version",), [((__version__,), 1)])
         status: Mapping[str, Any] = {}
@@ -173,6 +184,8 @@ class Metrics:
             "edge_agent_status_failures", "Scrapes that could not read the state.", self._status_failures
         )
         yield from _state_families(status)
+        yield from self.quality.families()
+        yield from drift_families(_mapping(status, "models"))
 
     def _request_families(self) -> Iterator[Metric]:
         requests: dict[_Key, float] = {}
@@ -273,6 +286,7 @@ def _state_families(status: Mapping[str, Any]) -> Iterator[Metric]:
         ("available", "1: the target can be asked now."),
         ("in_flight", "Attempts running on the target."),
         ("max_concurrent", "Attempts the target takes at once."),
+        ("limit", "Attempts the target is given at once now."),
     ):
         yield _gauge(
             f"target_{key}", text, ("target", "tier"), [(_of(t), n) for t in targets for n in _number(t.get(key))]
@@ -295,7 +309,22 @@ def _state_families(status: Mapping[str, Any]) -> Iterator[Metric]:
         ("target", "reading"),
         [((str(t["name"]), name), n) for t in targets for name, n in _numbers(_mapping(t, "detail"))],
     )
-    for section in ("cache", "doors", "load", "security"):
+    budgets = [entry for entry in _list(status, "budgets")[:MAX_READINGS] if isinstance(entry, Mapping)]
+    for name, key, text in (
+        ("remaining", "left", "What a budget leaves: USD, bytes or requests. lane=all: of all lanes together."),
+        ("limit", "limit", "What the budget is."),
+    ):
+        yield _gauge(
+            f"budget_{name}",
+            text,
+            ("lane", "unit", "window"),
+            [
+                ((str(entry.get("lane") or "all"), str(entry.get("unit")), str(entry.get("window"))), n)
+                for entry in budgets
+                for n in _number(entry.get(key))
+            ],
+        )
+    for section in ("cache", "doors", "load", "overload", "security"):
         readings = [((name,), n) for name, n in _numbers(_mapping(status, section))]
         yield _gauge(section, f"Numbers of the section `{section}` of /status.", ("reading",), readings)
     yield _gauge(

@@ -25,6 +25,7 @@ from agent.runtimes.pool import RuntimePool
 from agent.store.cache import ResultCache
 from agent.targets.gateway import GatewayTarget
 from agent.telemetry.metrics import Metrics
+from agent.telemetry.story import Stories
 from hil.bench import loops
 from hil.bench.bare import bare_sampler, canonical_inputs
 from hil.bench.report import Aim, CannotMeasure, Line
@@ -83,8 +84,9 @@ class Gateway:
         pool = RuntimePool(settings, self._clock, trial=False)
         self._target = GatewayTarget(settings, catalog, self._clock, max_bytes=math.inf, pool=pool)
         self._cache = ResultCache(FallbackSection(), cache_path, catalog, self._clock)
-        router = Router([self._target], routing, self._clock)
-        self.pipeline = Pipeline(catalog, router, self._cache, Metrics(), self._clock, routing)
+        stories = Stories(routing.explain_last, self._clock)
+        router = Router([self._target], routing, self._clock, watcher=stories.routed)
+        self.pipeline = Pipeline(catalog, router, self._cache, Metrics(), self._clock, routing, stories=stories)
 
     @classmethod
     async def open(cls, catalog: Catalog, inline_below_ms: float, cache_path: Path) -> Gateway:

@@ -37,8 +37,12 @@ CLOUD_LATENCY_MS = 30
 SENSORS = (
     Sensor("meter", "sensors/meter", "digits", "realtime", 0.45, what="digits of a meter, wanted in 10 ms"),
     Sensor("watch", "sensors/watch", "motion", "near", 0.25, what="motion of a wrist, wanted in 100 ms"),
-    Sensor("archive", "sensors/archive", "digits", "batch", 0.2, 2000, what="digits for the archive, best accuracy"),
-    Sensor("clinic", "sensors/clinic", "digits", "batch", 0.1, 2000, ("eu-central",), "the same, kept in the EU"),
+    Sensor(
+        "archive", "sensors/archive", "digits", "batch", 0.2, 2000, (), "high", "digits for the archive, best accuracy"
+    ),
+    Sensor(
+        "clinic", "sensors/clinic", "digits", "batch", 0.1, 2000, ("eu-central",), "high", "the same, kept in the EU"
+    ),
 )
 
 
@@ -125,7 +129,7 @@ def _config(folder: Path, ports: dict[str, int], mcu_port: Path) -> dict[str, ob
     cloud = f"mqtt://127.0.0.1:{ports['link']}"
     return {
         "gateway": {"id": GATEWAY, "state_dir": str(folder / "state")},
-        "routing": {"breaker": {"backoff_max_s": 2.0}},
+        "routing": {"policy": "scorecard", "breaker": {"backoff_max_s": 2.0}},  # each tier has its own part in it
         "edge_mcu": {"port": str(mcu_port), "baud": 921600},
         "edge_gpu": {"isolation": "process"},
         "cloud": {
@@ -155,6 +159,7 @@ def _config(folder: Path, ports: dict[str, int], mcu_port: Path) -> dict[str, ob
                 "model": sensor.family,
                 "name": sensor.name,
                 "latency_class": sensor.latency_class,
+                "accuracy": sensor.accuracy,
                 "use_cache": False,
                 "allowed_regions": list(sensor.allowed_regions),
                 **({"deadline_ms": sensor.deadline_ms} if sensor.deadline_ms else {}),

@@ -22,7 +22,8 @@ SUBSCRIBE_LIMIT_S = 5.0
 
 @dataclass(frozen=True)
 class Sensor:
-    """What one sensor asks. `share` is the part of the whole rate that is its own."""
+    """What one sensor asks. `share` is the part of the whole rate that is its own. None is `adaptive`: a cascade gives
+    each tier the inputs that suit it, so that no tier's accuracy could be held against the catalogue's."""
 
     name: str
     topic: str
@@ -31,6 +32,7 @@ class Sensor:
     share: float
     deadline_ms: float | None = None
     allowed_regions: tuple[str, ...] = ()
+    accuracy: str = "acceptable"
     what: str = ""
 
 

@@ -11,7 +11,7 @@ import yaml
 SCHEMA = 1
 FAMILY_ORDER = ("digits", "motion")
 HEADER = "# What this folder holds. Written by train_digits.py and train_motion.py.\n"
-INLINE_KEYS = {"labels", "inputs", "outputs", "shape", "targets", "operators", "accuracy"}
+INLINE_KEYS = {"labels", "inputs", "outputs", "shape", "targets", "operators", "accuracy", "calibration"}
 
 
 class _Inline:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from sklearn.model_selection import train_test_split
 
+from agent import cli_calibrate
+from agent.registry.catalog import load_catalog
 from training import artefact, catalog, export, fit
 from training.data import Dataset, Floats
 
@@ -70,7 +72,15 @@ def main(family: Family, data: Dataset, arguments: Sequence[str] | None = None) 
         with tempfile.TemporaryDirectory() as folder:
             return _compare(family, build(family, data, Path(folder), options.seed))
     catalog.write_family(CATALOG, family.name, build(family, data, MODELS, options.seed))
+    calibrate(family.name)
     return 0
+
+
+def calibrate(name: str) -> None:
+    """What `edge-agent models calibrate` does: adds to the entry what the variants' confidence is worth."""
+    whole = load_catalog(CATALOG, calibrated=False)
+    report = cli_calibrate.measure(whole, whole.family(name))
+    cli_calibrate.write(CATALOG, name, {one.variant.id: one.calibration for one in report.measured})
 
 
 def build(family: Family, data: Dataset, root: Path, seed: int) -> dict[str, Any]:

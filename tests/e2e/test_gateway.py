@@ -20,9 +20,9 @@ OVERRUN_S = 0.1
 def test_each_tier_answers_what_suits_it(gateway: Gateway) -> None:
     values, _ = gateway.sample("digits")
     motion, _ = gateway.sample("motion")
-    fast = gateway.infer(model="digits", inputs=values, latency_class="realtime", deadline_ms=50, use_cache=False)[1]
+    fast = gateway.infer(model="digits", inputs=values, variant="mcu-int8", deadline_ms=50, use_cache=False)[1]
     near = gateway.infer(model="motion", inputs=motion, latency_class="near", use_cache=False)[1]
-    batch = gateway.infer(model="digits", inputs=values, latency_class="batch", use_cache=False)[1]
+    batch = gateway.infer(model="digits", inputs=values, latency_class="batch", accuracy="high", use_cache=False)[1]
     assert [fast["tier"], near["tier"], batch["tier"]] == ["edge_mcu", "edge_gpu", "cloud_gpu"]
     for answer, kind in ((fast, "edge_mcu"), (near, "edge_gpu"), (batch, "cloud")):
         variant = gateway.catalog.family(answer["model"]).variant_for(kind)

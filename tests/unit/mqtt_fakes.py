@@ -160,6 +160,9 @@ class FakeCore:
     def ready(self) -> tuple[bool, str]:
         return self.readiness
 
+    def explain(self, request_id: str) -> Mapping[str, Any] | None:
+        return {"request_id": request_id, "stages": []} if request_id == "known" else None
+
     def status(self) -> Mapping[str, Any]:
         return {"targets": [{"name": "gateway", "tier": "edge_gpu", "available": True, "reason": ""}]}
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from agent.config import LaneSection, LatencyThresholds, ProducerSection, RoutingSection
 from agent.core.clock import ManualClock
 from agent.core.errors import InvalidRequest, UnknownModel
-from agent.core.types import InferenceRequest, LatencyClass
+from agent.core.types import AccuracyMode, InferenceRequest, LatencyClass
 from agent.routing import admission as module
 from agent.routing.admission import Admission, class_of
 
@@ -121,6 +121,15 @@ def test_defaults() -> None:
     assert admit().id != request.id
 
 
+def test_the_mode_is_the_setting_where_the_request_names_none() -> None:
+    document = {"model": "toy", "inputs": FLAT}
+    assert ADMISSION.from_document(document).accuracy is AccuracyMode.ADAPTIVE
+    strict = Admission(CATALOG, RoutingSection(), CLOCK, BATCH_S, AccuracyMode.HIGH)
+    assert strict.from_document(document).accuracy is AccuracyMode.HIGH
+    assert strict.from_document(document | {"accuracy": None}).accuracy is AccuracyMode.HIGH
+    assert strict.from_document(document | {"accuracy": "acceptable"}).accuracy is AccuracyMode.ACCEPTABLE
+
+
 def test_every_field_is_taken_over() -> None:
     request = admit(
         request_id="r",
@@ -132,11 +141,15 @@ def test_every_field_is_taken_over() -> None:
         idempotency_key="k",
         allowed_regions=["eu", "us"],
         use_cache=False,
+        accuracy="high",
+        explain=True,
+        shadow=False,
         metadata={"line": "3"},
     )
     assert (request.id, request.variant, request.priority, request.max_retries) == ("r", "small", 10, 0)
     assert (request.timeout_ms, request.producer, request.idempotency_key) == (5.0, "press-7", "k")
     assert (request.allowed_regions, request.use_cache) == ({"eu", "us"}, False)
+    assert (request.accuracy, request.explain, request.shadow) == (AccuracyMode.HIGH, True, False)
     assert request.metadata == {"line": "3"}
 
 
@@ -156,7 +169,8 @@ BAD = [
     *(("timeout_ms", bad) for bad in (0, -1, math.nan, True, "5", HUGE)),
     *(("priority", bad) for bad in (0, 11, 5.0, True, "5", HUGE, math.nan)),
     *(("max_retries", bad) for bad in (-1, 17, 1.0, False, "1")),
-    *(("use_cache", bad) for bad in (0, 1, "true", [])),
+    *((flag, bad) for flag in ("use_cache", "explain", "shadow") for bad in (0, 1, "true", [])),
+    *(("accuracy", bad) for bad in ("best", "HIGH", "", 1, True, [], {}, HUGE, "\ud800")),
     *(("allowed_regions", bad) for bad in ("eu", 1, {}, [1], [""], ["x" * 65], ["eu"] * 33, ["\ud800"], [None])),
     *(("metadata", bad) for bad in ("x", [], {"k": 1}, {"k": "v" * 1025}, {"k" * 129: "v"}, {"k": "\ud800"})),
     ("metadata", {str(i): "v" for i in range(17)}),
@@ -177,7 +191,7 @@ def test_a_body_that_is_no_object(body: Any) -> None:
 @pytest.mark.parametrize("key", ["deadline", "", "x" * 10_000, "\ud800", 5])
 def test_an_unknown_key_is_named(key: Any) -> None:
     error = refused({"model": "toy", "inputs": FLAT, key: 1})
-    assert "unknown key; known: allowed_regions, deadline_ms" in str(error)
+    assert "unknown key; known: accuracy, allowed_regions, deadline_ms" in str(error)
     assert error.field is not None
     assert len(error.field) <= 64
     error.field.encode()

@@ -222,5 +222,5 @@ def test_inputs_outside_of_the_training_range_are_answered_and_named() -> None:
     admission = Admission(make_catalog(ranged=ranged), RoutingSection(), ManualClock(), batch_deadline_s=5.0)
     inside = admission.from_document({"model": "ranged", "inputs": [0, 1, 2, 16]})
     outside = admission.from_document({"model": "ranged", "inputs": [-1, 0, 0, 255]})
-    assert inside.notes == ()
+    assert (inside.notes, inside.out_of_range, outside.out_of_range) == ((), False, True)
     assert outside.notes == ("inputs.window: -1 to 255; the model was trained on 0 to 16 grey",)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from cascade_fakes import calibration_document, cascade_document
 from fakes import family_document, make_catalog, variant_document
 from pydantic import ValidationError
 
@@ -223,3 +224,60 @@ def test_a_catalogue_is_frozen(catalog: Catalog) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int32", "int64"])
 def test_tensors_without_quantisation(dtype: Any) -> None:
     assert VariantTensor(name="x", maps="x", dtype=dtype, shape=(1,)).scale is None
+
+
+# --- calibrations ----------------------------------------------------------------------------------------------------
+
+
+def calibrated(folder: Folder) -> dict[str, Any]:
+    """The small variant's calibration, as the command would have written it."""
+    small, large = folder.variants["small"], folder.variants["large"]
+    cascade = cascade_document(reference_sha256=large["sha256"])
+    small["calibration"] = calibration_document(small["sha256"], cascade)
+    found: dict[str, Any] = small["calibration"]
+    return found
+
+
+def test_a_calibration_is_read(folder: Folder) -> None:
+    calibrated(folder)
+    small = folder.load().family("toy").variants["small"]
+    assert small.calibration is not None
+    assert small.calibration.cascade is not None
+    assert small.cascade_gain == pytest.approx(0.985 - 0.95)
+
+
+CALIBRATION = "families.toy.variants.small.calibration"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("sha256", "e" * 64, "sha256: was fitted to another file of this variant"),
+        ("data_sha256", "e" * 64, "data_sha256: was fitted to other held-out data"),
+        ("cascade.reference", "none", "cascade.reference: toy has no variant 'none'"),
+        ("cascade.reference_sha256", "e" * 64, "cascade.reference_sha256: was fitted to another file of large"),
+        ("temperature", 0, "temperature: "),
+        ("cascade.threshold", 2.5, "cascade.threshold: "),
+        ("cascade.accuracy", 0.5, "cascade: Value error, accuracy must be between low and high"),
+        ("more", 1, "more: "),
+    ],
+)
+def test_a_calibration_of_something_else_is_refused(folder: Folder, key: str, value: Any, told: str) -> None:
+    at = calibrated(folder)
+    *path, last = key.split(".")
+    for part in path:
+        at = at[part]
+    at[last] = value
+    assert f"{CALIBRATION}.{told}" in folder.refusal()
+
+
+def test_held_out_data_that_are_there_must_be_those_of_the_calibration(folder: Folder) -> None:
+    calibrated(folder)
+    folder.load()  # not every gateway has the data
+    (folder.root / "toy" / "heldout.npz").write_bytes(b"other data")
+    assert "families.toy.data.heldout_sha256: toy/heldout.npz is not the file recorded" in folder.refusal()
+
+
+def test_what_is_about_to_be_calibrated_need_not_be_calibrated_yet(folder: Folder) -> None:
+    calibrated(folder)["sha256"] = "e" * 64
+    folder.load(verify=False, calibrated=False)

@@ -200,3 +200,13 @@ def test_status_names_what_is_not_up_and_counts_what_was_malformed(
     assert "http door" not in shown
     assert shown.count("edge_mcu") == 1
     assert "0 stale, 7 malformed, 0 USD" in shown
+
+
+def test_the_status_says_what_budgets_leave(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
+    day = {"lane": None, "unit": "usd", "window": "day", "limit": 5.0, "left": 3.25, "left_now": 0.5, "used": 1.75}
+    spent = {"lane": "cloud:eu", "unit": "bytes", "window": "hour", "limit": 20_000_000, "left": 0, "left_now": 0}
+    door.reply = (200, STATUS | {"budgets": [day, spent]})
+    assert cli.main(["status", "--url", door.url]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert "  budget 3.25 of 5 USD per day left, 0.5 USD at once" in out
+    assert "  DONE   0 of 20000000 bytes per hour of cloud:eu left" in out

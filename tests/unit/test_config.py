@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from agent.config import Config, HttpSection, McuSection, Section
+from agent.config import AmountsSection, Config, HttpSection, McuSection, Section
 from agent.config_load import load_config
 from agent.core.documents import NotYaml, parse_yaml
 from agent.core.errors import ConfigError
+from agent.routing.meter import UNITS, WINDOWS_MS
 
 
 def load(tmp_path: Path, text: str | bytes, **environ: str) -> Config:
@@ -35,7 +36,27 @@ def refusal(tmp_path: Path, text: str | bytes, **environ: str) -> str:
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gateway": {"state_dir": Path("/var/lib/edge-agent"), "drain_timeout_s": 5},
     "models": {"catalog": None},
-    "routing": {"max_cloud_cost": 0.01, "edge_preference": 0.7, "max_in_flight": 256},
+    "routing": {
+        "policy": "utility",
+        "hysteresis": 0.01,
+        "high_tolerance": 0.005,
+        "probe_after_s": 60,
+        "probe_share": 0.02,
+        "probe_metered": False,
+        "hedge_classes": ("realtime", "near"),
+        "hedge_metered": False,
+        "max_cloud_cost": 0.01,
+        "edge_preference": 0.7,
+        "max_in_flight": 256,
+        "explain_last": 256,
+    },
+    "accuracy": {"mode": "adaptive", "floor": 0.9},
+    "shadow": {"rate": 0, "per_hour": 60, "usd_per_day": 0.1, "timeout_ms": 5000, "max_queued": 16},
+    "drift": {"window": 500, "min_samples": 50, "margin": 0.02},
+    "routing.weights.realtime": {"accuracy": 1, "lateness": 2, "cost": 0.5, "bytes": 0.01, "load": 0.05},
+    "routing.weights.near": {"accuracy": 1, "lateness": 1.5, "cost": 0.5, "bytes": 0.01, "load": 0.02},
+    "routing.weights.interactive": {"accuracy": 1, "lateness": 1, "cost": 0.5, "bytes": 0.01, "load": 0.02},
+    "routing.weights.batch": {"accuracy": 1, "lateness": 0.5, "cost": 0.05, "bytes": 0.01, "load": 0.02},
     "routing.latency_thresholds": {"realtime": 10, "near_realtime": 100, "interactive": 500, "batch": 1000},
     "routing.model_size_thresholds": {"edge_mcu": 1, "edge_gpu": 10, "cloud": 1000},
     "routing.parameter_thresholds": {"simple": 10_000, "medium": 1_000_000},
@@ -67,6 +88,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "isolation": "thread",
     },
     "cloud": {"lanes": ()},
+    "budgets": {
+        **dict.fromkeys(f"{unit}_per_{window}" for unit in UNITS for window in WINDOWS_MS),
+        "burst": 0.25,
+        "borrow": 0.25,
+        "borrow_priority": 8,
+        "overhead_bytes": 700,
+        "count_time_off": False,
+    },
     "fallback": {"cache_ttl": 3600, "max_cache_size": 10_000, "enable_stale_results": True, "stale_ttl": 86_400},
     "mqtt": {
         "enabled": True,
@@ -106,7 +135,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "rules": {},
         "key_file": None,
     },
-    "monitoring": {"log_level": "info", "log_format": "json", "status_interval_s": 10, "sample_interval_s": 2},
+    "monitoring": {
+        "log_level": "info",
+        "log_format": "json",
+        "status_interval_s": 10,
+        "sample_interval_s": 2,
+        "record": None,
+        "record_payload": False,
+        "record_max_bytes": 64 << 20,
+        "record_files": 4,
+    },
 }
 LANE_DEFAULTS = {
     "kind": "gpu",
@@ -121,6 +159,7 @@ LANE_DEFAULTS = {
     "key_file": None,
     "region": None,
     "backup": False,
+    "metered": None,
 }
 SENSOR_DEFAULTS = {
     "name": None,
@@ -133,6 +172,8 @@ SENSOR_DEFAULTS = {
     "scale": 1,
     "qos": 1,
     "use_cache": True,
+    "accuracy": None,
+    "shadow": True,
     "allowed_regions": (),
 }
 FULL = """
@@ -180,6 +221,7 @@ def test_defaults_of_lanes_and_sensors(tmp_path: Path) -> None:
     config = load(tmp_path, "cloud: {lanes: [{name: a, broker: 'mqtt://h'}]}\nsensors: {t: {model: m}}")
     lane = dict(config.cloud.lanes[0])
     assert (lane.pop("name"), lane.pop("broker")) == ("a", "mqtt://h")
+    assert lane.pop("budget") == AmountsSection()
     assert lane == LANE_DEFAULTS
     sensor = dict(config.sensors["t"])
     assert sensor.pop("model") == "m"

@@ -33,6 +33,14 @@ TOKEN = "security: {tokens: [{name: a, %s}]}"
 JWT = "security: {jwt: {issuer: i, audience: a, keys: [{kid: k, key_file: /none, %s}]}}"
 LANE = "cloud: {lanes: [{name: a, broker: 'mqtts://h', %s}]}"
 REFUSED = [
+    ("budgets: {usd_per_day: -1}", "budgets.usd_per_day: must be at least 0, found '-1'"),
+    ("budgets: {usd_per_week: 5}", "budgets.usd_per_week: unknown key"),
+    ("budgets: {usd_per_day: 5 USD}", "budgets.usd_per_day: must be a number without a unit"),
+    ("budgets: {bytes_per_day: 1.5}", "budgets.bytes_per_day: must be a whole number"),
+    ("budgets: {usd_per_day: true}", "budgets.usd_per_day: must be a number"),
+    ("budgets: {burst: 0}", "budgets.burst: must be greater than 0"),
+    (LANE % "budget: {burst: 1}", "cloud.lanes.0.budget.burst: unknown key"),
+    ("monitoring: {record: traces.jsonl}", "monitoring.record: must be absolute"),
     ("edge_mcu: {timeout: 50}", "edge_mcu.timeout: unknown key; did you mean timeout_ms?"),
     ("edge_mcu: {timeout_ms: 50ms}", "edge_mcu.timeout_ms: must be a number without a unit; the unit is in the name"),
     ("edge_mcu: {timeout_ms: 50ms}", "found '50ms'"),
@@ -73,7 +81,7 @@ REFUSED = [
         "edge_gpu: {providers: [rocm]}",
         "edge_gpu.providers.0: must be 'tensorrt', 'cuda' or 'cpu', found 'rocm'",
     ),
-    ("nonsense: {}", "nonsense: unknown key; allowed: cloud, edge_gpu, edge_mcu, fallback"),
+    ("nonsense: {}", "nonsense: unknown key; allowed: accuracy, budgets, cloud, drift, edge_gpu, edge_mcu, fallback"),
     ("edge_gpuu: {}", "edge_gpuu: unknown key; did you mean edge_gpu?"),
     ("routing: {breaker: {failure: 1}}", "routing.breaker.failure: unknown key; did you mean failures?"),
     (
@@ -334,3 +342,10 @@ def test_a_secret_of_another_type_is_not_shown_either(tmp_path: Path, value: str
 def test_a_value_that_came_by_reference_is_named_by_its_reference(tmp_path: Path) -> None:
     message = refusal(tmp_path, "mqtt: {keepalive_s: '${PW}'}", PW=SECRET)
     assert message.endswith("found the value of ${PW}")
+
+
+def test_a_budget_that_lets_nothing_through_is_noted(tmp_path: Path) -> None:
+    text = "cloud: {lanes: [{name: a, broker: 'mqtt://h', cost_per_request: 0.01, budget: {usd_per_hour: 0.005}}]}"
+    state = f"gateway: {{state_dir: {tmp_path}}}"
+    (note,) = cautions(load(tmp_path, f"{state}\n{text}\nbudgets: {{usd_per_day: 5, usd_per_minute: 0}}"))
+    assert note == "cloud.lanes.0.budget.usd_per_hour: 0.005 USD let nothing through: a request of lane a costs 0.01"

@@ -228,6 +228,24 @@ async def test_what_is_not_there(client: httpx.AsyncClient) -> None:
     assert response.json()["error"]["code"] == "method_not_allowed"
 
 
+# --- explanations ---
+
+
+async def test_how_a_request_was_decided(client: httpx.AsyncClient) -> None:
+    response = await client.get("/explain/known")
+    assert (response.status_code, response.json()) == (200, {"request_id": "known", "stages": []})
+
+
+@pytest.mark.parametrize("request_id", ["unknown", "a/b c", "%3Cscript%3E", "\u00e9" * 200])
+async def test_a_request_that_is_not_remembered(client: httpx.AsyncClient, request_id: str) -> None:
+    response = await client.get(f"/explain/{request_id}")
+    document = response.json()
+    assert (response.status_code, document["error"]["code"]) == (404, "not_remembered")
+    assert document["error"]["field"] == "request_id"
+    assert len(document["error"]["message"]) < 300
+    http_models.RefusalDocument.model_validate(document)
+
+
 # --- documents and pages ---
 
 
@@ -257,7 +275,7 @@ async def test_the_document_says_what_is_true(client: httpx.AsyncClient) -> None
     assert set(http_models.InferDocument.model_fields) == admission_module._KEYS
     response = await client.post("/infer", json={"model": "tiny", "inputs": [1, 2, 3, 4]})
     http_models.AnswerDocument.model_validate(response.json())
-    assert set(response.json()) == set(http_models.AnswerDocument.model_fields)
+    assert set(response.json()) == set(http_models.AnswerDocument.model_fields) - {"explanation"}
     http_models.RefusalDocument.model_validate((await client.post("/infer", json=[])).json())
     for model in (http_models.AnswerDocument, http_models.RefusalDocument, http_models.InferDocument):
         schema = model.model_config["json_schema_extra"]

@@ -74,6 +74,12 @@ class Rig:
         await until(lambda: len(self.replies) > before, what="the reply")
         return json.loads(self.replies[-1].payload)
 
+    async def explain(self, payload: bytes) -> Any:
+        before = len(self.replies)
+        self.client.publish("edge/gw/explain", payload, qos=1, properties=MessageProperties(None, "me", b"\x07"))
+        await until(lambda: len(self.replies) > before, what="the reply")
+        return json.loads(self.replies[-1].payload)
+
     async def close(self) -> None:
         if self.core.gate is not None:
             self.core.gate.set()
@@ -104,6 +110,35 @@ async def test_json_request(rig: Rig) -> None:
     assert asked.producer == "line-1"
     assert before <= asked.received <= SystemClock.monotonic()
     assert asked.deadline == pytest.approx(asked.received + 0.05)
+
+
+@pytest.mark.parametrize("payload", [b"known", b" known\n", b'{"request_id": "known"}'])
+async def test_how_a_request_was_decided(rig: Rig, payload: bytes) -> None:
+    assert await rig.explain(payload) == {"request_id": "known", "stages": []}
+    assert rig.replies[0].properties.correlation_data == b"\x07"
+    assert rig.replies[0].properties.get("status") == "ok"
+
+
+@pytest.mark.parametrize(
+    ("payload", "code"),
+    [
+        (b"", "not_remembered"),
+        (b"x" * 3000, "not_remembered"),
+        (b"\xff", "not_remembered"),
+        (b"{}", "invalid_request"),
+        (b'{"request_id": 7}', "invalid_request"),
+        (b"{", "undecodable"),
+    ],
+)
+async def test_what_is_no_id_of_a_request_is_refused_by_name(rig: Rig, payload: bytes, code: str) -> None:
+    assert (await rig.explain(payload))["error"]["code"] == code
+    assert rig.replies[0].properties.get("status") == code
+
+
+async def test_an_explanation_without_a_response_topic_goes_to_the_results(rig: Rig) -> None:
+    rig.client.publish("edge/gw/explain", b"known")
+    await until(lambda: rig.results, what="the explanation")
+    assert rig.results == [("explain", {"request_id": "known", "stages": []})]
 
 
 async def test_raw_request_with_options(rig: Rig) -> None:
@@ -346,6 +381,26 @@ async def test_status_is_retained_changes_and_ends_offline(rig: Rig) -> None:
     await until(lambda: rig.states[-1]["state"] == "online", what="it is back")
     await rig.door.stop()
     await until(lambda: rig.states[-1]["state"] == "offline", what="the goodbye")
+
+
+async def test_what_is_kept_is_retained_replaced_and_there_again_after_a_reconnect(rig: Rig) -> None:
+    told: list[Message] = []
+    await rig.client.subscribe("edge/gw/alarms/#", told.append)
+    rig.door.keep("alarms/drift/toy/small", {"active": False})
+    rig.door.keep("alarms/drift/toy/small", {"active": True})
+    await until(lambda: len(told) == 2, what="both")
+    assert told[-1].topic == "edge/gw/alarms/drift/toy/small"
+    assert json.loads(told[-1].payload) == {"gateway": "gw", "active": True}
+    rig.door.link._connection._close_socket()  # type: ignore[union-attr]
+    await until(lambda: len(told) == 3, what="it is said again")
+    late = MqttLink(LinkOptions(rig.broker.url, "late"))
+    kept: list[Message] = []
+    await late.subscribe("edge/gw/alarms/#", kept.append)
+    await late.start()
+    await until(lambda: kept, what="who comes later hears of it")
+    assert kept[0].retain
+    assert json.loads(kept[0].payload)["active"] is True
+    await late.stop()
 
 
 async def test_closed_door_answers_what_is_inside(rig: Rig) -> None:

@@ -96,7 +96,7 @@ def test_the_cache_and_the_bill() -> None:
 def test_refusals() -> None:
     metrics = Metrics()
     late = DeadlineExceeded("time ran out")
-    late.attempts = (Attempt("eu-west", Tier.CLOUD_GPU, "fp32", "timeout", 0.2), GPU_OK)
+    late.attempts = (Attempt("eu-west", Tier.CLOUD_GPU, "fp32", "timeout", 0.2), GPU_OK._replace(hedge=True))
     late.cost_usd = 0.003
     for error in (late, Overloaded("256 requests in flight")):
         metrics.started()
@@ -109,6 +109,7 @@ def test_refusals() -> None:
     assert value(metrics, "refusals_total", code="overloaded", latency_class="realtime") == 1
     assert value(metrics, "deadlines_total", latency_class="realtime", result="missed") == 1
     assert value(metrics, "attempts_total", target="eu-west", outcome="timeout") == 1
+    assert value(metrics, "hedges_total", target="edge_gpu", outcome="ok") == 1
     assert value(metrics, "cost_usd_total", lane="eu-west") == pytest.approx(0.003), "refused, and charged all the same"
     assert value(metrics, "requests_total", tier="none", target="none", status="abandoned") == 1
     assert value(metrics, "malformed_total", door="http", code="undecodable") == 1

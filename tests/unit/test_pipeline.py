@@ -288,16 +288,17 @@ async def test_a_hung_target_does_not_keep_a_caller_waiting(catalog: Catalog) ->
     assert [target.running for target in house.targets] == [0, 0]
 
 
-async def test_every_place_taken(catalog: Catalog, clock: ManualClock) -> None:
-    house = House(catalog, clock, max_in_flight=1)
+async def test_every_place_and_the_line_before_them_taken(catalog: Catalog, clock: ManualClock) -> None:
+    house = House(catalog, clock, max_in_flight=1, overload={"waiting": {"near": 0}})
     await house.infer()
     house.gpu.behaviour, house.gpu.begun = hangs, asyncio.Event()
     blocking = asyncio.create_task(house.infer(60_000, inputs=OTHER))
     await house.gpu.begun.wait()
     error = await house.refusal(producer="somebody else", inputs={"window": INPUT + 1})
     assert type(error) is Overloaded
-    assert str(error) == "1 requests are in flight (routing.max_in_flight)"
-    assert error.reasons == ("daemon: every place is taken", "cache: no earlier answer")
+    refusal = "every place is taken, and so is the line of near requests that wait"
+    assert str(error) == refusal
+    assert error.reasons == (f"daemon: {refusal}", "cache: no earlier answer")
     clock.advance(61)
     assert (await house.infer()).stale
     blocking.cancel()

@@ -29,7 +29,7 @@ from agent.routing.breaker import BreakerState
 from agent.routing.router import Router
 from agent.targets.base import Availability
 
-SETTINGS = RoutingSection()
+SETTINGS = RoutingSection(policy="scorecard")
 
 MCU, GPU, CLOUD, SERVERLESS = Tier.EDGE_MCU, Tier.EDGE_GPU, Tier.CLOUD_GPU, Tier.CLOUD_SERVERLESS
 
@@ -115,7 +115,7 @@ async def test_a_wait_that_was_too_short_to_begin_with_is_not_either(
     router = Router([gpu], SETTINGS, clock)
     for _ in range(5):
         await failure(router, make_request(clock, timeout_ms=timeout_ms), family)
-        router._states["edge_gpu"].times.clear()
+        router._states["edge_gpu"].records.clear()
     assert breaker_of(router, "edge_gpu").state is state
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from fakes import FakeTarget, after, make_request, outcomes, raises
 from hypothesis import given
-from test_policy import QUESTIONS, candidates
+from test_policy import QUESTIONS, fleets
+from test_scorecard import scores
 
 from agent.config import FallbackSection, LatencyThresholds, RoutingSection
 from agent.core.clock import ManualClock
@@ -16,9 +17,13 @@ from agent.core.types import Complexity, LatencyClass, Tier
 from agent.pipeline import Pipeline
 from agent.registry.catalog import Catalog
 from agent.routing.admission import class_of
-from agent.routing.estimate import Estimate
-from agent.routing.policy import CLASS_POINTS, COMPLEXITY_POINTS, Candidate, Constraint, Question, decide
-from agent.routing.router import MARGIN_S, Router
+from agent.routing.decision import Candidate, Constraint, Question
+from agent.routing.estimate import WINDOW, Cold, Estimate, TrackRecord
+from agent.routing.policy import decide
+from agent.routing.router import Router
+from agent.routing.scorecard import CLASS_POINTS, COMPLEXITY_POINTS
+from agent.routing.utility import late
+from agent.routing.walk import MARGIN_S
 from agent.store.cache import ResultCache
 from agent.targets.base import Availability
 from agent.telemetry.metrics import Metrics
@@ -59,7 +64,7 @@ def test_the_table_of_classes() -> None:
 
 
 def test_the_table_of_constraints() -> None:
-    assert [row[0].strip("`") for row in table("constraint", "rules out a target")] == list(Constraint)
+    assert [row[0].strip("`") for row in table("constraint", "rules out a play")] == list(Constraint)
 
 
 # --- the worked example ----------------------------------------------------------------------------------------------
@@ -74,11 +79,12 @@ def example() -> list[Candidate]:
             name,
             Tier(tier),
             ORDERS[Tier(tier)],
+            "v",
             in_flight=int(in_flight),
-            max_concurrent=int(limit),
-            estimate=Estimate(float(p50) / 1e3, float(p95) / 1e3, measured=True),
-            accuracy=float(accuracy),
-            cost_usd=float(cost),
+            limit=int(limit),
+            estimate=Estimate(
+                float(p50) / 1e3, float(p95) / 1e3, measured=True, accuracy=float(accuracy), cost_usd=float(cost)
+            ),
         )
         for name, tier, in_flight, limit, accuracy, p50, p95, cost in FACTS
     ]
@@ -88,25 +94,111 @@ def section(title: str) -> str:
     return PAGE.split(f"## {title}\n")[1].split("\n## ")[0]
 
 
-def test_the_worked_example() -> None:
+def test_the_example_by_points() -> None:
     asked = Question(LatencyClass.NEAR, Complexity.SIMPLE, priority=5, time_left_s=0.1 - MARGIN_S)
-    decision = decide(asked, example(), DEFAULTS)
-    assert decision.scores == pytest.approx({row[0]: float(row[-1]) for row in POINTS})
+    decision = decide(asked, example(), RoutingSection(policy="scorecard"))
+    assert scores(decision) == pytest.approx({row[0]: float(row[-1]) for row in POINTS})
     assert all(sum(map(float, row[1:-1])) == float(row[-1]) for row in POINTS)
-    ranking = re.search(r"Ranking: (.*?)\. Reason: `(.*)`", section("Worked example"))
+    ranking = re.search(r"Ranking: (.*?)\. Reason: `(.*)`", section("Scorecard"))
     assert ranking is not None
-    assert decision.ranked == tuple(re.findall(r"`(.*?)`", ranking[1]))
+    assert tuple(play.target for play in decision.ranked) == tuple(re.findall(r"`(.*?)`", ranking[1]))
     assert decision.reasons == (ranking[2],)
 
 
-def test_the_example_as_a_batch_request() -> None:
+def test_the_example_by_points_as_a_batch_request() -> None:
     asked = Question(LatencyClass.BATCH, Complexity.SIMPLE, priority=5, time_left_s=5.0)
-    decision = decide(asked, example(), DEFAULTS)
-    told = re.search(r"scores are (\d+), (\d+),\s+(\d+) and (\d+)\.", section("Worked example"))
+    decision = decide(asked, example(), RoutingSection(policy="scorecard"))
+    told = re.search(r"scores are (\d+), (\d+),\s+(\d+) and (\d+)\.", section("Scorecard"))
     assert told is not None
-    assert list(decision.scores.values()) == pytest.approx([float(score) for score in told.groups()])
-    assert decision.ranked[0] == "cloud:frankfurt"
+    assert [scores(decision)[row[0]] for row in FACTS] == pytest.approx([float(score) for score in told.groups()])
+    assert decision.ranked[0].target == "cloud:frankfurt"
     assert decision.reasons == ("cloud:frankfurt: score 106; edge_mcu 64 is below 74",)
+
+
+# --- the utility -----------------------------------------------------------------------------------------------------
+
+PLAYS = table(
+    "target", "variant", "tier", "in flight", "limit", "accuracy", "p50 ms", "p95 ms", "success", "bytes", "USD"
+)
+TERMS = ("accuracy", "miss", "cost", "bytes", "load")
+
+
+def number(cell: str) -> float:
+    return float(cell.replace("\N{MINUS SIGN}", "-"))
+
+
+def plays() -> list[Candidate]:
+    return [
+        Candidate(
+            target,
+            Tier(tier),
+            ORDERS[Tier(tier)],
+            variant,
+            in_flight=int(in_flight),
+            limit=int(limit),
+            estimate=Estimate(
+                float(p50) / 1e3,
+                float(p95) / 1e3,
+                measured=True,
+                success=float(success),
+                cost_usd=float(cost),
+                bytes=int(size),
+                accuracy=float(accuracy),
+                age_s=1.0,
+            ),
+        )
+        for target, variant, tier, in_flight, limit, accuracy, p50, p95, success, size, cost in PLAYS
+    ]
+
+
+def test_the_table_of_weights() -> None:
+    rows = table("class", "accuracy (A)", "lateness (L)", "cost (C)", "bytes (B)", "load (H)")
+    for name, *weights in rows:
+        told = dict(zip(("accuracy", "lateness", "cost", "bytes", "load"), map(float, weights), strict=True))
+        assert told == dict(getattr(DEFAULTS.weights, name))
+    assert [row[0] for row in rows] == list(LatencyClass)
+
+
+def test_the_worked_example() -> None:
+    left_s = 0.1 - MARGIN_S
+    decision = decide(Question(LatencyClass.NEAR, Complexity.SIMPLE, priority=5, time_left_s=left_s), plays(), DEFAULTS)
+    judged = {(one.target, one.variant): one for one in decision.judged}
+    rows = table("target", "variant", "late", *TERMS, "utility")
+    assert len(rows) == len(judged) == len(PLAYS)
+    for target, variant, chance, *parts, worth in rows:
+        one = judged[target, variant]
+        assert number(chance) == pytest.approx(late(one.estimate.p50_s, one.estimate.p95_s, left_s), abs=5e-5)
+        assert [number(part) for part in parts] == pytest.approx([one.terms[term] for term in TERMS], abs=5.1e-5)
+        assert number(worth) == pytest.approx(one.utility, abs=5.1e-5)
+    ranking = re.search(r"Ranking: (.*?)\. Reason: `(.*?)`", section("Worked example"), re.DOTALL)
+    assert ranking is not None
+    assert [str(play) for play in decision.ranked] == re.findall(r"`(.*?)`", ranking[1])
+    assert decision.reasons == (ranking[2],)
+
+
+def test_the_worked_example_as_a_batch_request() -> None:
+    decision = decide(Question(LatencyClass.BATCH, Complexity.SIMPLE, priority=5, time_left_s=5.0), plays(), DEFAULTS)
+    told = re.search(r"`(\S+)` is worth\s+([\d.]+), `(\S+)` ([\d.]+): the cloud", section("Worked example"))
+    assert told is not None
+    worth = {one.target: one.utility for one in decision.judged if one.variant != "gateway-int8"}
+    first, first_worth, second, second_worth = told.groups()
+    assert decision.ranked[0].target == first
+    assert str(decision.ranked[1]) == second
+    assert (worth[first], worth["edge_gpu"]) == pytest.approx((float(first_worth), float(second_worth)), abs=5e-4)
+
+
+def test_the_worked_estimate() -> None:
+    told = section("Estimates").split("**Worked.**")[1].replace("\n", " ")
+    record = TrackRecord(lambda now: Cold(0.005))
+    for turn in range(WINDOW):
+        slow = turn % 10 == 9
+        record.observe(0.0, service_s=0.0035 if slow else 0.002, link_s=0.0003 if slow else 0.0002)
+    fresh, aged = record.estimate(0.0, 3, 2), record.estimate(40.0, 3, 2)
+    assert "p50 = 0.2 + 2 + 2 = 4.2 ms" in told
+    assert fresh.p50_s * 1e3 == pytest.approx(4.2)
+    for name, estimate in (("6.04", fresh.p95_s), ("6.48", aged.p50_s), ("10.99", aged.p95_s)):
+        assert f"= {name} ms" in told
+        assert estimate * 1e3 == pytest.approx(float(name), abs=0.005)
 
 
 # --- reasons ---------------------------------------------------------------------------------------------------------
@@ -124,16 +216,22 @@ def test_a_line_that_is_not_on_the_page_would_be_noticed() -> None:
     assert not explained("edge_gpu: score 12; because")
 
 
-@given(asked=QUESTIONS, fleet=candidates())
-def test_every_reason_of_a_decision_is_on_the_page(asked: Question, fleet: list[Candidate]) -> None:
-    assert [reason for reason in decide(asked, fleet, DEFAULTS).reasons if not explained(reason)] == []
+@pytest.mark.parametrize("settings", [DEFAULTS, RoutingSection(policy="scorecard")])
+@given(asked=QUESTIONS, fleet=fleets())
+def test_every_reason_of_a_decision_is_on_the_page(
+    settings: RoutingSection, asked: Question, fleet: list[Candidate]
+) -> None:
+    assert [reason for reason in decide(asked, fleet, settings).reasons if not explained(reason)] == []
 
 
-async def test_every_reason_of_a_request_is_on_the_page(catalog: Catalog, clock: ManualClock) -> None:
+@pytest.mark.parametrize("settings", [DEFAULTS, RoutingSection(policy="scorecard")])
+async def test_every_reason_of_a_request_is_on_the_page(
+    catalog: Catalog, clock: ManualClock, settings: RoutingSection
+) -> None:
     gpu, cloud = FakeTarget(Tier.EDGE_GPU), FakeTarget(Tier.CLOUD_GPU)
-    router = Router([gpu, cloud], DEFAULTS, clock)
+    router = Router([gpu, cloud], settings, clock)
     pipeline = Pipeline(
-        catalog, router, ResultCache(FallbackSection(), None, catalog, clock), Metrics(), clock, DEFAULTS
+        catalog, router, ResultCache(FallbackSection(), None, catalog, clock), Metrics(), clock, settings
     )
     heard: list[str] = []
 
@@ -150,7 +248,7 @@ async def test_every_reason_of_a_request_is_on_the_page(catalog: Catalog, clock:
         await ask(**changes)
     gpu.behaviour = after(clock, 0.097, raises(TargetFailed("broken")))
     assert outcomes((await ask(**other)).attempts) == [("edge_gpu", "failed")]
-    gpu.behaviour = raises(TargetFailed("broken", permanent=True))
+    gpu.behaviour = cloud.behaviour = raises(TargetFailed("broken", permanent=True))
     await ask(**other)
     cloud.state = Availability(False, "not connected")
     for changes in ({}, {"producer": "p"}, {"producer": "q"}):
