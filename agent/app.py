@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import signal
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -33,6 +34,9 @@ from agent.routing.router import Router
 from agent.routing.shadow import Shadow
 from agent.runtimes.base import RuntimeUnavailable
 from agent.sdnotify import Notifier
+from agent.security.access import Guard
+from agent.security.audit import Audit
+from agent.security.certificates import LOOK_S, Watch, certificate_files
 from agent.store.budget_file import BudgetFile
 from agent.store.cache import ResultCache
 from agent.supervisor import Component, ComponentState, Supervisor
@@ -139,8 +143,16 @@ class App:
         )
         slowest_ms = max((lane.timeout_ms for lane in config.cloud.lanes), default=config.edge_gpu.timeout_ms)
         mode = AccuracyMode(config.accuracy.mode)
-        self.admission = Admission(catalog, config.routing, clock, slowest_ms / 1e3, mode)
-        self.http = HttpServer(create_app(self, self.metrics, config.http, self.recent), config.http)
+        self.admission = Admission(catalog, config.routing, clock, slowest_ms / 1e3, mode, producers=config.producers)
+        regions = {target.traits.name: target.traits.region for target in self.targets}
+        audit = config.security.audit
+        self.audit = Audit(audit, config.gateway.state_dir, clock, regions) if audit.enabled else None
+        self.guard = Guard(config.security, clock, config.producers, self.audit)
+        self.certificates = Watch(certificate_files(config), config.security.certificate_warn_days)
+        application = create_app(self, self.metrics, config.http, self.recent, clock, self.guard)
+        self.http = HttpServer(
+            application, config.http, lambda error, address: self.guard.refused("http", error, address=address)
+        )
         self.mqtt = self._mqtt_door() if config.mqtt.enabled else None
         publish = self.mqtt.publish_result if self.mqtt else lambda name, document: None
         self.streams = StreamDoor(self, config.edge_mcu.streams, publish, self.pipeline.observed, clock)
@@ -159,12 +171,31 @@ class App:
             self.metrics,
             self._clock,
             status_interval_s=config.monitoring.status_interval_s,
+            guard=self.guard,
         )
 
     # What the doors need: ingress.base.Core.
 
     async def infer(self, request: InferenceRequest) -> InferenceResult:
-        return await self.pipeline.infer(request)
+        audit = self.audit
+        if audit is None:
+            return await self.pipeline.infer(request)
+        try:
+            audit.require()
+        except InferenceError as error:
+            error.request_id = request.id
+            self.guard.refused("daemon", error, who=request.asked_by)
+            raise
+        try:
+            result = await self.pipeline.infer(request)
+        except InferenceError as error:
+            audit.request(request, error)
+            raise
+        except asyncio.CancelledError:  # whoever asked has gone, or the daemon stops
+            audit.request(request, None)
+            raise
+        audit.request(request, result)
+        return result
 
     def ready(self) -> tuple[bool, str]:
         if self._stopping.is_set():
@@ -196,6 +227,8 @@ class App:
                 "mqtt": self.mqtt.status() if self.mqtt else None,
                 "streams": self.streams.status(),
             },
+            "security": {**self.guard.status(), "audit": self.audit.status() if self.audit else None},
+            "certificates": self.certificates.status(),
             "components": [*self.supervisor.status(), *self._parts(), *_target_components(targets)],
             "load": {**self.load.latest, "loop_lag_ms": round(self._lag_s * 1e3, 3)},
         }
@@ -226,6 +259,9 @@ class App:
             parts.append({"name": "drift", "state": "degraded" if adrift else "up", "reason": reason})
         trouble = self.cache.problem()
         parts.append({"name": "cache", "state": "degraded" if trouble else "up", "reason": trouble})
+        if self.audit:
+            trouble = self.audit.problem()
+            parts.append({"name": "audit", "state": "degraded" if trouble else "up", "reason": trouble})
         if self.trace:
             why = self.trace.problem
             parts.append({"name": "recorder", "state": "degraded" if why else "up", "reason": why})
@@ -240,6 +276,11 @@ class App:
     async def start(self) -> None:
         """Open the store, connect the targets, then open the doors. Raises `ConfigError` if that is impossible."""
         self.cache.open()
+        if self.audit:
+            self.audit.open()
+            configuration = hashlib.sha256(self._config.model_dump_json().encode()).hexdigest()
+            self.supervisor.watch("audit", lambda: self.audit is None or self.audit.alive)
+            self.audit.act("start", version=__version__, configuration=configuration)
         self.accuracies.load()
         if self.trace is not None:
             self.trace.start()
@@ -253,6 +294,7 @@ class App:
         self._warm_up()
         self.supervisor.spawn("load", self._sample_load, stall_s=STALL_S + self._config.monitoring.sample_interval_s)
         self.supervisor.spawn("loop", self._heartbeat, stall_s=STALL_S)
+        self.supervisor.spawn("certificates", self._watch_certificates, stall_s=LOOK_S + STALL_S)
         if self._config.shadow.rate:
             self.supervisor.spawn("shadow", self._ask_shadows)
             for state in self.accuracies.states():
@@ -287,6 +329,9 @@ class App:
         if self.trace is not None:
             await asyncio.to_thread(self.trace.close)
         await asyncio.to_thread(self.cache.close)
+        if self.audit:
+            self.audit.act("stop")
+            await asyncio.to_thread(self.audit.close)
 
     def _warm_up(self) -> None:
         """Admit and rank one request for each model, and run none: code that runs for the first time takes
@@ -301,6 +346,14 @@ class App:
             self.load.sample()
             component.set(ComponentState.UP)
             await asyncio.sleep(self._config.monitoring.sample_interval_s)
+
+    async def _watch_certificates(self, component: Component) -> None:
+        """Those in files and those of brokers; a renewed one of the HTTP door is taken."""
+        links = {target.traits.name: getattr(target, "link", None) for target in self.targets}
+        links["mqtt"] = self.mqtt.link if self.mqtt else None
+        async for alarms in self.certificates.keep(links, self.http.renew_certificate, self._clock):
+            component.set(ComponentState.DEGRADED if alarms else ComponentState.UP, "; ".join(alarms))
+            self.guard.flush()
 
     def _show_drift(self, alarm: Alarm) -> None:
         if self.mqtt:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from agent import __version__, cli_client, cli_explain, cli_mcu, cli_models, cli_sim, cli_worker
+from agent import __version__, cli_client, cli_explain, cli_mcu, cli_models, cli_security, cli_sim, cli_worker
 from agent.core.errors import ConfigError, EdgeAgentError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_explain.add_parser(commands)
     cli_mcu.add_parser(commands)
     cli_worker.add_parser(commands)
+    cli_security.add_parsers(commands)
 
     cli_models.add_parser(commands)
 

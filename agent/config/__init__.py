@@ -18,7 +18,7 @@ from agent.config.base import NAME_PATTERN, TOPIC_PATTERN, ClassName, Name, Prio
 from agent.config.broker import BrokerSection, check_broker_url, check_topic_filter
 from agent.config.budgets import AmountsSection, BudgetsSection
 from agent.config.cascade import AccuracyName, AccuracySection, DriftSection, ShadowSection
-from agent.config.doors import HttpSection, MqttSection, SensorSection
+from agent.config.doors import HttpSection, MqttSection, SensorSection, TlsSection
 from agent.config.overload import ClassShares, LimitSection, OverloadSection, WaitingSection
 from agent.config.routing import (
     BreakerSection,
@@ -29,6 +29,19 @@ from agent.config.routing import (
     RoutingSection,
     UtilityWeights,
 )
+from agent.config.security import (
+    AuditField,
+    AuditSection,
+    JwtKeySection,
+    JwtSection,
+    LimitsSection,
+    Masking,
+    ProducerSection,
+    RateSection,
+    Role,
+    SecuritySection,
+    TokenSection,
+)
 from agent.config.streams import StreamSection
 from agent.config.tiers import CloudSection, GpuSection, LaneSection, McuSection
 
@@ -38,6 +51,8 @@ __all__ = [
     "AccuracyName",
     "AccuracySection",
     "AmountsSection",
+    "AuditField",
+    "AuditSection",
     "BreakerSection",
     "BrokerSection",
     "BudgetsSection",
@@ -51,9 +66,13 @@ __all__ = [
     "GatewaySection",
     "GpuSection",
     "HttpSection",
+    "JwtKeySection",
+    "JwtSection",
     "LaneSection",
     "LatencyThresholds",
     "LimitSection",
+    "LimitsSection",
+    "Masking",
     "McuSection",
     "ModelSizeThresholds",
     "ModelsSection",
@@ -63,12 +82,18 @@ __all__ = [
     "OverloadSection",
     "ParameterThresholds",
     "Priority",
+    "ProducerSection",
+    "RateSection",
+    "Role",
     "RoutingSection",
     "Section",
+    "SecuritySection",
     "SensorSection",
     "ShadowSection",
     "StreamSection",
     "Substituted",
+    "TlsSection",
+    "TokenSection",
     "Topic",
     "UtilityWeights",
     "WaitingSection",
@@ -156,6 +181,8 @@ class Config(Section):
     mqtt: MqttSection = MqttSection()
     http: HttpSection = HttpSection()
     monitoring: MonitoringSection = MonitoringSection()
+    security: SecuritySection = SecuritySection()
+    producers: Mapping[Name, ProducerSection] = Field(default_factory=dict, max_length=4096)
     sensors: Mapping[str, SensorSection] = Field(default_factory=dict)
 
     @field_validator("sensors", mode="after")
@@ -165,9 +192,14 @@ class Config(Section):
             check_topic_filter(topic)
         return MappingProxyType(dict(sensors))
 
-    @field_serializer("sensors", mode="wrap")
-    def _plain(self, sensors: Mapping[str, SensorSection], dump: SerializerFunctionWrapHandler) -> Any:
-        return dump(dict(sensors))
+    @field_validator("producers", mode="after")
+    @classmethod
+    def _frozen(cls, producers: Mapping[Name, ProducerSection]) -> Mapping[Name, ProducerSection]:
+        return MappingProxyType(dict(producers))
+
+    @field_serializer("producers", "sensors", mode="wrap")
+    def _plain(self, entries: Mapping[str, Section], dump: SerializerFunctionWrapHandler) -> Any:
+        return dump(dict(entries))
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -175,6 +207,11 @@ class Config(Section):
             raise ValueError("no tier can answer: configure edge_mcu.ports, edge_gpu or cloud.lanes")
         if not self.http.enabled and not self.mqtt.enabled:
             raise ValueError("no door is open: enable http or mqtt")
+        if self.http.enabled and not self.http.on_loopback and not self.security.has_tokens:
+            raise ValueError(
+                f"http.host {self.http.host!r} is not loopback: give security.tokens or security.jwt "
+                "(`edge-agent token new` makes a token)"
+            )
         if self.sensors and not self.mqtt.enabled:
             raise ValueError("sensors need mqtt.enabled: true")
         if self.edge_mcu.streams and not self.mqtt.enabled:

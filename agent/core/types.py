@@ -97,6 +97,8 @@ class InferenceRequest:
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """What is odd about the inputs, in words; they head the reasons of the answer."""
+    asked_by: str = ""
+    """As whom the door knows the caller, for the record: `security.identity`."""
 
 
 class TargetAnswer(NamedTuple):

@@ -264,12 +264,15 @@ _MODELS = (InferDocument, AnswerDocument, ExplanationDocument, RefusalDocument, 
 
 REFUSALS = {
     400: "The request is wrong (`invalid_request`), or its body is not JSON (`undecodable`).",
+    401: "No token, or one that is not valid here (`unauthorized`); see `WWW-Authenticate`.",
+    403: "The token lacks the role, or is another producer's (`forbidden`).",
     404: "The catalogue has no such model or variant (`unknown_model`).",
     408: "The body did not arrive in time (`body_timeout`).",
     413: "The body is larger than `http.max_body_bytes` (`too_large`).",
     415: "Neither application/json nor application/octet-stream (`unsupported_media_type`).",
-    429: "A bounded queue is full (`overloaded`); see `Retry-After`.",
-    503: "Every target failed or none could be asked, and nothing is cached (`unavailable`).",
+    429: "A bounded queue is full (`overloaded`), or this caller asks too often (`rate_limited`); see `Retry-After`.",
+    503: "Every target failed or none could be asked, and nothing is cached (`unavailable`); or the request cannot be "
+    "put on record (`audit_unavailable`).",
     504: "The deadline passed, and nothing is cached (`deadline_exceeded`).",
 }
 
@@ -279,7 +282,10 @@ def with_components(openapi: Callable[[], dict[str, Any]]) -> Callable[[], dict[
 
     def document() -> dict[str, Any]:
         whole = openapi()
-        schemas = whole.setdefault("components", {}).setdefault("schemas", {})
+        components = whole.setdefault("components", {})
+        components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}}
+        whole["security"] = [{"bearer": []}, {}]
+        schemas = components.setdefault("schemas", {})
         if InferDocument.__name__ not in schemas:
             _, made = models_json_schema(
                 [(model, "validation") for model in _MODELS], ref_template="#/components/schemas/{model}"

@@ -110,8 +110,33 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "keepalive_s": 15,
         "max_payload_bytes": 1 << 20,
         "max_in_flight": 128,
+        "shared_requests": True,
     },
-    "http": {"enabled": True, "host": "127.0.0.1", "port": 8080, "max_body_bytes": 1 << 20, "allow_remote": False},
+    "http": {
+        "enabled": True,
+        "host": "127.0.0.1",
+        "port": 8080,
+        "max_body_bytes": 1 << 20,
+        "max_connections_per_address": 64,
+        "tls": None,
+        "allow_plaintext": False,
+    },
+    "security": {"tokens": (), "jwt": None, "open_on_loopback": None, "certificate_warn_days": 30},
+    "security.limits": {"tracked": 4096},
+    "security.limits.identity": {"per_s": 2000, "burst": 4000},
+    "security.limits.producer": {"per_s": 1000, "burst": 2000},
+    "security.limits.failures": {"per_s": 0.5, "burst": 20},
+    "security.audit": {
+        "enabled": False,
+        "dir": None,
+        "max_file_bytes": 16 << 20,
+        "keep_files": 16,
+        "queue": 4096,
+        "on_full": "drop",
+        "fsync_s": 5,
+        "rules": {},
+        "key_file": None,
+    },
     "monitoring": {
         "log_level": "info",
         "log_format": "json",
@@ -189,8 +214,8 @@ def test_defaults_by_name(section: str) -> None:
 
 
 def test_every_section_is_in_the_table_of_defaults() -> None:
-    assert {name.split(".")[0] for name in DEFAULTS} | {"sensors"} == set(Config.model_fields)
-    assert load_config(None, {}).sensors == {}
+    assert {name.split(".")[0] for name in DEFAULTS} | {"producers", "sensors"} == set(Config.model_fields)
+    assert load_config(None, {}).sensors == load_config(None, {}).producers == {}
     assert load_config(None, {}).gateway.id
 
 
@@ -305,6 +330,24 @@ def test_a_path_is_no_credential_name(tmp_path: Path) -> None:
     config = load(tmp_path, "mqtt: {password: '${credential:../outside}'}", CREDENTIALS_DIRECTORY=str(folder))
     assert config.mqtt.password is not None
     assert config.mqtt.password.get_secret_value() == "${credential:../outside}"
+
+
+def test_the_path_of_a_credential(tmp_path: Path) -> None:
+    """As security.md has it: systemd puts them into a folder, and keys that end in _file name files in it."""
+    for name in ("gateway.key", "gateway.crt", "audit.key"):
+        (tmp_path / name).write_text("x")
+    folder = "${CREDENTIALS_DIRECTORY}"
+    tls = f"{{cert_file: '{folder}/gateway.crt', key_file: '{folder}/gateway.key'}}"
+    text = f"http: {{tls: {tls}}}\nsecurity: {{audit: {{key_file: '{folder}/audit.key'}}}}"
+    config = load(tmp_path, text, CREDENTIALS_DIRECTORY=str(tmp_path))
+    assert config.http.tls is not None
+    assert config.http.tls.key_file == tmp_path / "gateway.key"
+    assert config.security.audit.rule("producer") == "pseudonym"
+
+
+def test_tokens_can_come_from_the_environment() -> None:
+    tokens = f"[{{name: a, roles: [read], sha256: '{'0' * 64}'}}]"
+    assert load_config(None, {"EDGE_AGENT__SECURITY__TOKENS": tokens}).security.tokens[0].name == "a"
 
 
 # --- frozen ----------------------------------------------------------------------------------------------------------

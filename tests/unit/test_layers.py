@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("agent.config", "agent.sdnotify"),
     ("agent.config_load", "agent.telemetry"),
     ("agent.wire",),
-    ("agent.registry", "agent.runtimes", "agent.store", "agent.link"),
+    ("agent.registry", "agent.runtimes", "agent.store", "agent.link", "agent.security"),
     ("agent.supervisor", "agent.targets"),
     ("agent.routing",),
     ("agent.pipeline",),
@@ -56,6 +56,10 @@ NO_IO = (
     "agent.registry.confidence",
     "agent.core.types",
     "agent.core.errors",
+    "agent.security.chain",
+    "agent.security.identity",
+    "agent.security.limits",
+    "agent.security.repeats",
 )
 """Pure: what they need of the world, time and chance included, is an argument."""
 
