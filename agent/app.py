@@ -5,18 +5,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import signal
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from agent import __version__
 from agent.config import Config
-from agent.config_load import load_config
-from agent.core.clock import Clock, SystemClock
-from agent.core.errors import ConfigError, InferenceError, LinkError
+from agent.core.clock import Clock
+from agent.core.errors import ConfigError, InferenceError
 from agent.core.streamed import Streamed
 from agent.core.types import AccuracyMode, InferenceRequest, InferenceResult
 from agent.ingress.http import create_app
@@ -25,15 +22,13 @@ from agent.ingress.mqtt import MqttDoor
 from agent.ingress.streams import StreamDoor
 from agent.pipeline import Pipeline
 from agent.registry.accuracy import Accuracies, Alarm
-from agent.registry.catalog import Catalog, load_catalog
-from agent.registry.locate import catalog_path
+from agent.registry.catalog import Catalog
 from agent.routing.admission import Admission
 from agent.routing.budget import budget_of
 from agent.routing.limits import limits_of
 from agent.routing.router import Router
 from agent.routing.shadow import Shadow
 from agent.runtimes.base import RuntimeUnavailable
-from agent.sdnotify import Notifier
 from agent.security.access import Guard
 from agent.security.audit import Audit
 from agent.security.certificates import LOOK_S, Watch, certificate_files
@@ -41,7 +36,6 @@ from agent.store.budget_file import BudgetFile
 from agent.store.cache import ResultCache
 from agent.supervisor import Component, ComponentState, Supervisor
 from agent.targets.base import Target
-from agent.telemetry import events
 from agent.telemetry.load import LoadSampler
 from agent.telemetry.metrics import Metrics
 from agent.telemetry.story import Stories
@@ -379,65 +373,6 @@ class App:
             await asyncio.sleep(HEARTBEAT_S)
             self._lag_s = max(0.0, self._clock.monotonic() - due)
             component.set(ComponentState.UP)
-
-
-def run(path: Path | None) -> int:
-    """Load the configuration, run until SIGTERM or SIGINT. Returns the exit code."""
-    config = load_config(path)
-    catalog = load_catalog(catalog_path(config.models.catalog))
-    handler = events.setup(config.monitoring.log_level, config.monitoring.log_format)
-    try:
-        return _loop_runner()(_serve(config, catalog))
-    finally:
-        handler.close()
-
-
-async def _serve(config: Config, catalog: Catalog) -> int:
-    notifier = Notifier()
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    app = App(config, catalog, SystemClock())
-    try:
-        await app.start()
-    except (ConfigError, LinkError) as error:
-        log.error("cannot start", extra={"reason": str(error)})
-        await app.stop()
-        return 2 if isinstance(error, ConfigError) else 1
-    if notifier.watchdog_s:
-        app.supervisor.spawn("watchdog", lambda component: _feed(notifier, app, component))
-    notifier.ready("serving")
-    log.info("ready", extra={"gateway": config.gateway.id, "targets": [target.traits.name for target in app.targets]})
-    await stop.wait()
-    notifier.stopping("draining")
-    log.info("stopping")
-    await app.stop()
-    log.info("stopped")
-    return 0
-
-
-async def _feed(notifier: Notifier, app: App, component: Component) -> None:
-    """Feed systemd's watchdog while no supervised task is overdue."""
-    assert notifier.watchdog_s is not None
-    while True:
-        overdue = app.supervisor.overdue()
-        if overdue:
-            component.set(ComponentState.DEGRADED, f"not fed: {', '.join(overdue)} stalled")
-        else:
-            component.set(ComponentState.UP)
-            notifier.watchdog()
-        await asyncio.sleep(notifier.watchdog_s / 3)
-
-
-def _loop_runner() -> Callable[[Coroutine[Any, Any, int]], int]:
-    """uvloop where it is installed."""
-    try:
-        import uvloop
-    except ModuleNotFoundError:
-        return asyncio.run
-    runner: Callable[[Coroutine[Any, Any, int]], int] = uvloop.run
-    return runner
 
 
 def _target_components(targets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

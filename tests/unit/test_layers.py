@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("agent.pipeline",),
     ("agent.ingress", "agent.worker"),
     ("agent.app",),
+    ("agent.serve",),
     ("agent.cli",),
 )
 """From the ground up. A part imports from floors below its own, and within itself; parts of one floor are strangers."""
