@@ -43,6 +43,18 @@ def facts() -> dict[str, Any]:
     }
 
 
+def generic(facts: dict[str, Any]) -> dict[str, Any]:
+    """What figures were measured on, without what tells one machine of a kind from another."""
+    words = facts["system"].split()
+    return {
+        "cpu": facts["cpu"],
+        "cores": facts["cores"],
+        "system": f"{words[0]} {words[-1]}",
+        "python": facts["python"],
+        "load_before": facts["load_before"],
+    }
+
+
 def text(machine: dict[str, Any]) -> str:
     """One line for people."""
     cores = f"{machine['cores']} cores" if machine["cores"] > 1 else "1 core"

@@ -171,7 +171,7 @@ def _payload(catalog: Catalog, samples: Mapping[str, Samples], ask: Ask, budget_
 
 def _document(facts: Mapping[str, Any], runs: Sequence[Sequence[Pair]], verdicts: Sequence[Verdict]) -> dict[str, Any]:
     return {
-        "machine": dict(facts),
+        "machine": machine.generic(facts),
         "runs": [
             [{"what": p.what, "predicted": round(p.predicted, 3), "measured": round(p.measured, 3)} for p in run]
             for run in runs
