@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def facts() -> dict[str, Any]:
     }
 
 
-def generic(facts: dict[str, Any]) -> dict[str, Any]:
+def generic(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What figures were measured on, without what tells one machine of a kind from another."""
     words = facts["system"].split()
     return {
