@@ -228,7 +228,7 @@ class Walk:
             estimate = state.estimate(variant, now)
             after_s = max(first_s, room_s - estimate.p95_s)
             if standing(state, self._latency_class, now) is None and after_s + estimate.p50_s <= room_s:
-                return Side(state, variant, self._bounded(state, self._end)), after_s
+                return Side(state, variant, self._bounded(state, self._end, now + after_s)), after_s
         return None
 
 
