@@ -39,7 +39,7 @@ def _main(args: argparse.Namespace) -> int:
     say(f"held: {sum(map(len, verdicts.values())) - judge.missed(verdicts)} of {sum(map(len, verdicts.values()))}")
     document = {
         "schema": SCHEMA,
-        "machine": {key: facts[key] for key in ("cpu", "cores", "system", "python")},
+        "machine": machine.generic(facts),
         "times": {"machine": dict(stage.times.machine), "network": dict(stage.times.network)},
         "seconds": args.seconds,
         "seed": args.seed,

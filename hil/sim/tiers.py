@@ -168,7 +168,7 @@ async def _ask(
 
 
 def _described(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: facts[key] for key in ("cpu", "cores", "system", "python", "load_before", "versions")}
+    return {**machine.generic(facts), "versions": facts["versions"]}
 
 
 def _milliseconds(spread: Spread) -> list[float]:

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MAX_LINES = 450
-GENERATED = ("tests/vectors/frames.json", "hil/sim/tiers.json", "docs/routing-proof.json", "LICENSE")
+GENERATED = ("tests/vectors/frames.json", "docs/routing-proof.json", "LICENSE")
 BINARY = {".npz", ".tflite", ".onnx", ".png", ".ico", ".bin"}
 
 FLOORS: tuple[tuple[str, ...], ...] = (
