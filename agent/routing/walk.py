@@ -94,7 +94,7 @@ class Walk:
         """Ask until one answers. Raises `NoAnswer`."""
         left = list(self._decision.ranked)
         while left and self._tries_left() > 0:
-            play = left.pop(0)
+            play = left.pop(self._position(left))
             side = self._side(play, left)
             if self._attempts or len(left) + 1 < len(self._decision.ranked):
                 found = self._objection(side)
@@ -115,6 +115,25 @@ class Walk:
                     self._decision,
                 )
         raise self._no_answer()
+
+    def _position(self, left: Sequence[Play]) -> int:
+        """Of the play to ask now. Once time has passed, what may not be in time any more waits for what will be: two
+        lanes over one dead link must not use up the time that the edge would have answered in."""
+        if not self._attempts:
+            return 0
+        now = self._asking.clock.monotonic()
+        room_s = self._end - now
+        for position, play in enumerate(left):
+            state = self._states[play.target]
+            gone = standing(state, self._latency_class, now) is not None
+            if gone and position == 0:
+                return 0  # to be skipped, and to say why
+            if not gone and state.estimate(self._variants[play], now).p95_s <= room_s:
+                if position:
+                    passed = left[0].target
+                    self._reasons.append(f"{passed}: put off: not sure to answer in the {room_s * 1e3:.1f} ms left")
+                return position
+        return 0
 
     async def _try(self, side: Side, left: list[Play]) -> tuple[TargetAnswer | None, Side]:
         """One attempt, or two that overlap; the second is then taken off what is left."""

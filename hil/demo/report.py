@@ -83,8 +83,8 @@ def _accuracy(rows: Iterable[Asked], catalog: Catalog) -> dict[str, dict[str, di
 
 
 def _cascade(rows: Sequence[Asked]) -> dict[str, Any]:
-    """What was asked of the cascade. Which tier answers depends there on how hard the input is, so no tier's share can be
-    held against the catalogue's accuracy; the whole can be held against the best variant's."""
+    """What was asked of the cascade. Which tier answers depends there on how hard the input is, so no tier's share can
+    be held against the catalogue's accuracy; the whole can be held against the best variant's."""
     fresh = [row for row in rows if not _of(row, "stale")]
     return {
         "answered": len(rows),
@@ -151,8 +151,8 @@ def text(summary: Mapping[str, Any], write: Callable[[str], None]) -> None:
     cascade = summary["cascade"]
     if cascade["fresh"]:
         write(
-            f"  adaptive: {cascade['accuracy']:.1%} of {cascade['fresh']} right; {cascade['escalated']} asked again of the "
-            f"cloud, {cascade['held']} kept though unsure because it could not be asked"
+            f"  adaptive: {cascade['accuracy']:.1%} of {cascade['fresh']} right; {cascade['escalated']} asked again of "
+            f"the cloud, {cascade['held']} kept though unsure, because it could not be asked"
         )
     write("")
     write(f"  {'latency at the sensor':22} {'answers':>8} {'p50':>9} {'p95':>9} {'p99':>9}   deadlines met")

@@ -29,8 +29,8 @@ class Outage:
 
 
 class Script:
-    """Cuts the cloud link and mends it; hangs the gateway's runtime; then unplugs the microcontroller and cuts the cloud
-    link as well, so that nothing can be asked; then brings everything back.
+    """Cuts the cloud link and mends it; hangs the gateway's runtime; then unplugs the microcontroller and cuts the
+    cloud link as well, so that nothing can be asked; then brings everything back.
 
     The runtime hangs as a broken accelerator does: the process that runs it is stopped (SIGSTOP), and so is every new
     one that the daemon starts in its place. `runtime_pid` tells which process that is now.
