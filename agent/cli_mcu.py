@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import importlib
-import json
 import statistics
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -18,7 +16,6 @@ from agent.core.errors import ConfigError, EdgeAgentError, LinkError, UnknownMod
 
 if TYPE_CHECKING:
     from agent.link.session import Session
-    from agent.wire.messages import Hello
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_CANNOT_OPEN = 0, 1, 2, 3
 
@@ -29,8 +26,6 @@ OPEN_TIMEOUT_S: Final = 8.0
 ANSWER_TIMEOUT_S: Final = 5.0
 """A person waits; a line at 9,600 baud takes 2.3 s for the longest PING and its PONG."""
 RESET_TIMEOUT_S: Final = 15.0
-SYNC_PINGS: Final = 8
-"""As many exchanges: the quickest bounds the clock's offset."""
 
 
 class _LateParser(argparse.ArgumentParser):
@@ -117,14 +112,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _on_line(args: argparse.Namespace) -> int:
-    from agent import cli_mcu_bench, cli_mcu_push, cli_mcu_stream
+    from agent import cli_mcu_bench, cli_mcu_info, cli_mcu_push, cli_mcu_stream
     from agent.link.serial import open_serial
     from agent.link.session import Session
     from agent.wire.codes import name_of
     from agent.wire.messages import Log
 
     actions: dict[str, Callable[[Session, argparse.Namespace, Clock], Awaitable[None]]] = {
-        "info": _info,
+        "info": cli_mcu_info.info,
         "ping": _ping,
         "reset": _reset,
         "push": cli_mcu_push.push,
@@ -157,73 +152,8 @@ async def _on_line(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-async def _info(session: Session, args: argparse.Namespace, clock: Clock) -> None:
-    from agent.wire.codes import Capability, Rollback, name_of
-
-    hello = session.hello
-    left_s = await _trial_left_s(session, clock) if hello.trial is not None else 0.0
-    for _ in range(SYNC_PINGS):
-        await session.ping(b"", clock.monotonic() + ANSWER_TIMEOUT_S)
-    clocks = session.clock_sync.estimate(clock.monotonic())
-    assert clocks is not None
-    if args.json:
-        about = {"offset_s": round(clocks.offset_s, 6), "error_s": round(clocks.bound_s, 6)}
-        print(json.dumps(_as_json(hello) | {"trial_left_s": left_s, "clock": about}, indent=2))
-        return
-
-    print(f"board         {hello.board}, unique id {hello.uid:016x}")
-    print(f"firmware      {hello.build}, protocol {hello.major}.{hello.minor}")
-    print(f"engine        {hello.engine}, {len(hello.operators)} operators")
-    print(f"last reset    {name_of(hello.reset_cause).lower().replace('_', ' ')}, boot {hello.boot_id:016x}")
-    able = [bit.name.lower().replace("_", " ") for bit in Capability if bit in hello.capabilities and bit.name]
-    print(f"capabilities  {', '.join(able) or 'none'}")
-    print(
-        f"clock         {clocks.offset_s:+.6f} s to this machine's monotonic one, within {clocks.bound_s * 1e6:.0f} us"
-    )
-    print(f"memory        arena {hello.arena}, slots of {hello.slot_size} bytes")
-    print(f"line          frames of {hello.max_frame}, messages of {hello.max_message} bytes, window {hello.window}")
-    for slot in hello.slots:
-        print(f"slot {slot.index}        {name_of(slot.state).lower()}", end="")
-        if slot.length:
-            print(f", {slot.length} bytes, counter {slot.counter}, sha256 {slot.sha256.hex()}", end="")
-        if slot.runs:
-            print(f", inputs {slot.input_bytes}, outputs {slot.output_bytes}, arena {slot.arena_used} bytes", end="")
-        print()
-    if hello.trial is not None:
-        bound = f"at its next reset or in {left_s:.0f} s" if left_s else "never, as there is none"
-        print(f"trial         not confirmed; back to the former model {bound}")
-    if isinstance(hello.rollback, Rollback) and hello.rollback:
-        print(f"rolled back   {hello.rollback.words}")
-
-
-async def _trial_left_s(session: Session, clock: Clock) -> float:
-    """Until the board goes back by itself; 0 where it has no model to go back to."""
-    from agent.wire.codes import StatId
-
-    stats = await session.stats(clock.monotonic() + ANSWER_TIMEOUT_S)
-    return dict(stats.values).get(StatId.TRIAL_LEFT_US, 0) / 1e6
-
-
-def _as_json(hello: Hello) -> dict[str, Any]:
-    from agent.wire.codes import Capability, name_of
-
-    fields = {field.name: getattr(hello, field.name) for field in dataclasses.fields(hello)}
-    slots = [
-        {field.name: getattr(slot, field.name) for field in dataclasses.fields(slot)}
-        | {"state": name_of(slot.state).lower(), "sha256": slot.sha256.hex()}
-        for slot in hello.slots
-    ]
-    return fields | {
-        "reset_cause": name_of(hello.reset_cause).lower(),
-        "rollback": name_of(hello.rollback).lower(),
-        "boot_id": f"{hello.boot_id:016x}",
-        "uid": f"{hello.uid:016x}",
-        "capabilities": [bit.name.lower() for bit in Capability if bit in hello.capabilities and bit.name],
-        "slots": slots,
-    }
-
-
 async def _ping(session: Session, args: argparse.Namespace, clock: Clock) -> None:
+    from agent.cli_mcu_info import clock_words
     from agent.link.session import PING_OVERHEAD
 
     largest = session.hello.max_frame - PING_OVERHEAD
@@ -234,11 +164,9 @@ async def _ping(session: Session, args: argparse.Namespace, clock: Clock) -> Non
         for _ in range(args.count)
     ]
     times = sorted(ping.round_trip_s * 1e3 for ping in pings)
-    # The quickest exchange bounds the error of the offset best: half of its time on the line.
-    best = min(pings, key=lambda ping: ping.round_trip_s)
     print(f"{len(times)} pings of {args.size} bytes", end=": ")
     print(f"min {times[0]:.3f}, median {statistics.median(times):.3f}, max {times[-1]:.3f} ms")
-    print(f"clock offset {best.offset_s:+.6f} s, within {(best.round_trip_s - best.mcu_s) / 2 * 1e6:.0f} us")
+    print(f"the board's clock is {clock_words(session, clock)}")
 
 
 async def _reset(session: Session, args: argparse.Namespace, clock: Clock) -> None:

@@ -95,6 +95,7 @@ async def bench(session: Session, args: argparse.Namespace, clock: Clock) -> Non
         "measurements": rows,
     }
     print(f"{hello.board}, {hello.engine}, {args.rounds} rounds each; microseconds")
+    print("floors: the same bytes through a bare pseudo-terminal and back; on the wire, bytes x 10 / baud (--baud)")
     for row in rows:
         print(_line(row))
     if args.json is not None:

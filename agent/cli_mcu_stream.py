@@ -19,7 +19,7 @@ from agent.wire.codes import Capability, SendInputs
 from agent.wire.messages import MODEL_ID_BYTES
 
 SYNC_PINGS: Final = 8
-"""As many exchanges: the quickest bounds the clock's offset."""
+"""As many exchanges bound the offset of the board's clock."""
 ANSWER_S: Final = 5.0
 
 

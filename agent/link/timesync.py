@@ -1,11 +1,14 @@
 """A board's clock against this machine's, from PING and PONG: pure, and every estimate with its error bound.
 
-One exchange gives the offset to within half of its time on the line (RFC 5905, section 8). Of the last exchanges the
-one that bounds the offset best now is taken, carried on with the drift that two good ones far apart show.
+One exchange gives the offset to within half of its time on the line (RFC 5905, section 8): an interval that holds it
+for certain. The estimate is what those of the last exchanges have in common, each carried on with the drift that two
+good ones far apart show. One exchange that was quick on its way there and another that was quick on its way back
+thus bound the offset better than either.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import Final
@@ -72,12 +75,17 @@ class ClockSync:
     def estimate(self, now: float) -> Estimate | None:
         """The offset at `now`, also a little before or after the samples. None: nothing is known."""
         best: Estimate | None = None
+        least, most = -math.inf, math.inf
         for sample in self._samples:
             passed = now - sample.at
+            offset_s = sample.offset_s + self._drift * passed
             bound_s = sample.bound_s + self._uncertainty * abs(passed)
+            least, most = max(least, offset_s - bound_s), min(most, offset_s + bound_s)
             if best is None or bound_s <= best.bound_s:
-                best = Estimate(sample.offset_s + self._drift * passed, bound_s)
-        return best
+                best = Estimate(offset_s, bound_s)
+        if best is None or least > most:  # nothing in common: the drift has changed more than was reckoned with
+            return best
+        return Estimate((least + most) / 2, (most - least) / 2)
 
     def our_time(self, board_s: float, now: float) -> tuple[float, float] | None:
         """When the board's clock showed `board_s`, on ours, and within how many seconds. `now` is near it."""

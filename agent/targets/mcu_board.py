@@ -38,7 +38,7 @@ STABLE_S: Final = 10.0
 PING_TIMEOUT_S: Final = 1.0
 """A healthy MCU answers once its current run is over: 43 ms for keyword spotting on a Cortex-M4."""
 SYNC_PINGS: Final = 16
-"""At the beginning, one after the other: the quickest of them bounds the clock's offset."""
+"""At the beginning, one after the other: together they bound the clock's offset."""
 PING_FAILURES: Final = 2
 """Unanswered PINGs in a row that mean the board is gone: one may fall to line noise."""
 LOG_LEVELS: Final[Mapping[int, int]] = {

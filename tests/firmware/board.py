@@ -155,6 +155,10 @@ class FakeEngine:
         self.loaded = model
         return ModelInfo(inputs, outputs, 4096)
 
+    def runs_on(self, model: bytes) -> bool:
+        """Whether it was this model that was loaded last."""
+        return self.loaded == model
+
     def invoke(self, inputs: bytes, outputs: memoryview) -> None:
         self.runs += 1
         self.on_invoke()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import struct
+import zlib
+from collections.abc import Iterator
 
-from board import FakeEngine, MemoryFlash
-from qemu import Machine
+import pytest
+from board import Chosen, FakeEngine, MemoryFlash
+from qemu import Machine, build
 
 from hil.virtual.library import Hardware, Mcu
 
-FORMAT, BOOT, FEED, POLL = 1, 2, 3, 4
+FORMAT, BOOT, FEED, POLL, KEEP, RESTORE = 1, 2, 3, 4, 5, 6
 WORLD = struct.Struct("<QIHBB")
-STATE = struct.Struct("<IIIIBB")
+STATE = struct.Struct("<IIIIIBB")
 PIECE = 1000
 NEVER = 0xFFFF_FFFF
 
@@ -26,6 +29,20 @@ class RemoteFlash(MemoryFlash):
         self.torn = 0.0
         self.power_on()
 
+    def power_on(self) -> None:
+        super().power_on()
+        self.fresh = True
+        """Told to the image by the next boot; without it that is a reset under the same power."""
+
+
+class RemoteEngine(FakeEngine):
+    """The image's engine. Of the model that it loaded, the CRC-32 is known here."""
+
+    crc32 = 0
+
+    def runs_on(self, model: bytes) -> bool:
+        return self.crc32 == zlib.crc32(model)
+
 
 class EmulatedCore:
     """One image for all boards: the last one made is the one that is there."""
@@ -33,7 +50,7 @@ class EmulatedCore:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._flash = RemoteFlash()
-        self._engine = FakeEngine()
+        self._engine = RemoteEngine()
         self._hardware: Hardware | None = None
         self._resets = 0
 
@@ -44,15 +61,23 @@ class EmulatedCore:
         return self._flash
 
     def engine(self) -> FakeEngine:
-        self._engine = FakeEngine()
+        self._engine = RemoteEngine()
         return self._engine
 
     def mcu(self, hardware: Hardware, reset_cause: int) -> Mcu:
         assert hardware.verify is None, "the image verifies no signatures"
         assert hardware.flash is self._flash, "the image has one flash"
         self._hardware = hardware
-        self.command(BOOT, bytes([reset_cause, hardware.window, hardware.engine is not None]))
+        fresh, self._flash.fresh = self._flash.fresh, False
+        self.command(BOOT, bytes([reset_cause, hardware.window, hardware.engine is not None, fresh]))
         return RemoteMcu(self)
+
+    def keep(self) -> None:
+        """Notes what the flash holds, for `restore`."""
+        self.command(KEEP)
+
+    def restore(self) -> None:
+        self.command(RESTORE)
 
     def command(self, number: int, body: bytes = b"") -> bool:
         """True if requests are queued."""
@@ -66,7 +91,7 @@ class EmulatedCore:
             engine.invoke_error is not None,
         )
         answer = self._machine.ask(number, world + body).body
-        flash.operations, breaches, engine.runs, resets, dead, pending = STATE.unpack_from(answer)
+        flash.operations, breaches, engine.runs, resets, engine.crc32, dead, pending = STATE.unpack_from(answer)
         flash.dead = bool(dead)
         flash.breaches += ["on the core"] * (breaches - len(flash.breaches))
         if hardware is not None:
@@ -92,3 +117,15 @@ class RemoteMcu(Mcu):
 
     def close(self) -> None:
         pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def the_core(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedCore]:
+    """Boards of this module's tests are made on the Cortex-M."""
+    folder = tmp_path_factory.mktemp("session")
+    machine = Machine(build("qemu-session", folder), folder)
+    core = EmulatedCore(machine)
+    before, Chosen.core = Chosen.core, core
+    yield core
+    Chosen.core = before
+    machine.close()

@@ -217,9 +217,9 @@ def test_truncated_model(board: Board, length: int) -> None:
 
 
 def test_engine_that_refuses(board: Board) -> None:
-    board.engine.load_error = EngineError("too big", LoadResult.ARENA)
+    board.engine.load_error = EngineError("kernel says no", LoadResult.ARENA)
     answer = board.push(B)
-    assert (answer.code, answer.body[2:]) == (ARENA, b"too big")
+    assert (answer.code, answer.body[2:]) == (ARENA, b"kernel says no")
     board.engine.load_error = None
     board.boot()
     assert board.active() == A.sha256

@@ -45,6 +45,16 @@ def test_of_several_exchanges_the_quickest_counts() -> None:
     assert found.bound_s < 0.00025
 
 
+def test_each_way_counts_for_itself() -> None:
+    """One exchange was quick on its way there, another on its way back: neither alone bounds the offset as well."""
+    sync, truth = ClockSync(), Truth(40.0, 0.0)
+    truth.exchange(sync, 10.0, 0.0002, 0.010)
+    truth.exchange(sync, 10.1, 0.010, 0.0002)
+    found = sync.estimate(10.2)
+    assert found is not None
+    assert abs(found.offset_s - 40.0) <= found.bound_s < 0.00025
+
+
 @given(
     offset=st.floats(-1e6, 1e6),
     drift_ppm=st.floats(-TOLERANCE * 1e6, TOLERANCE * 1e6),

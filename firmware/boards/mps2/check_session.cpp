@@ -7,6 +7,7 @@
 
 #include "boards/mps2/hal.h"
 #include "core/bytes.h"
+#include "core/crc32.h"
 #include "core/frame.h"
 #include "core/session.h"
 #include "core/validator.h"
@@ -14,7 +15,7 @@
 
 namespace {
 
-enum Command : uint8_t { kFormat = 1, kBoot = 2, kFeed = 3, kPoll = 4 };
+enum Command : uint8_t { kFormat = 1, kBoot = 2, kFeed = 3, kPoll = 4, kKeep = 5, kRestore = 6 };
 
 edge::mps2::Mps2Hal board;
 
@@ -45,6 +46,9 @@ class Flash {
     operations = 0;
     dead = false;
   }
+  // A state that took long to reach, to begin from again and again.
+  void keep() { memcpy(kept_, bytes_, sizeof kept_); }
+  void restore() { memcpy(bytes_, kept_, sizeof bytes_); }
   const uint8_t* at(uint32_t offset) const { return bytes_ + offset; }
 
   bool write(uint32_t offset, const uint8_t* data, size_t size) {
@@ -85,6 +89,7 @@ class Flash {
   }
 
   alignas(16) uint8_t bytes_[kSize];
+  alignas(16) uint8_t kept_[kSize];
 };
 Flash flash;
 
@@ -126,6 +131,8 @@ TestHal hal;
 // Takes what the validator takes; an output byte is an input byte, changed.
 class FakeEngine final : public edge::Engine {
  public:
+  uint32_t loaded_crc32 = 0;
+
   FakeEngine() : count_(edge::known_operators(operators_, sizeof operators_)) {}
   const char* name() override { return "fake 1.0"; }
   edge::Span operators() override { return {operators_, count_}; }
@@ -136,6 +143,7 @@ class FakeEngine final : public edge::Engine {
     edge::ModelShape shape;
     if (!edge::validate_model(model, operators(), &shape).ok()) return edge::LoadResult::kInvalid;
     *info = {shape.input_bytes, shape.output_bytes, 4096};
+    loaded_crc32 = edge::crc32(0, model.data, model.size);
     return edge::LoadResult::kOk;
   }
   bool invoke(edge::Span inputs, uint8_t* outputs, size_t output_size) override {
@@ -161,7 +169,7 @@ void boot(edge::Reader& in) {
   hal.cause = static_cast<edge::ResetCause>(in.u8());
   const uint8_t window = in.u8();
   const bool with_engine = in.u8() != 0;
-  flash.power_on();
+  if (in.u8() != 0) flash.power_on();  // else a reset under the same power
   if (session != nullptr) session->~Session();
   edge::Engine& chosen = with_engine ? static_cast<edge::Engine&>(engine) : edge::null_engine();
   session = new (place) edge::Session(hal, chosen, nullptr, window);
@@ -177,6 +185,12 @@ void obey(uint8_t command, edge::Reader& in) {
       break;
     case kBoot:
       boot(in);
+      break;
+    case kKeep:
+      flash.keep();
+      break;
+    case kRestore:
+      flash.restore();
       break;
     case kFeed: {
       const edge::Span data = in.rest();
@@ -194,7 +208,7 @@ void obey(uint8_t command, edge::Reader& in) {
 // What the session said, behind the state of the world.
 void reply(uint32_t id) {
   uint8_t head[edge::kFragmentHead + 32];
-  constexpr size_t kState = 18;
+  constexpr size_t kState = 22;
   const size_t total = kState + said_size;
   constexpr size_t kPiece = 900;
   for (size_t at = 0; at < total;) {
@@ -206,6 +220,7 @@ void reply(uint32_t id) {
       out.u32(flash.breaches + (said_too_much ? 1 : 0));
       out.u32(runs);
       out.u32(resets);
+      out.u32(engine.loaded_crc32);
       out.u8(flash.dead ? 1 : 0);
       out.u8(session != nullptr && session->pending() ? 1 : 0);
     }

@@ -23,7 +23,7 @@ void start_hardware();
 size_t uart_read(uint8_t* out, size_t size);
 void uart_send(const uint8_t* data, size_t size);
 // Until a byte is there, an interrupt came, or `limit_us` have passed: a tenth of a second at most.
-void wait_for_byte(uint64_t limit_us);
+void wait_for_byte(uint64_t limit_us = UINT64_MAX);
 
 class Mps2Hal final : public Hal {
  public:

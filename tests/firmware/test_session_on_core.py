@@ -1,17 +1,8 @@
-"""The tests of session, model store and trial again, on the emulated Cortex-M: the same functions, another `Core`.
-
-Left out is what looks into the flash's memory or gives a verifier, and power cuts at more than one degree of tearing:
-a byte takes the emulator 20 to 50 us.
-"""
+"""The tests of the session again, on the emulated Cortex-M: the same functions, another `Core`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-from board import Chosen
-from emulated import EmulatedCore
-from qemu import Machine, build
+from emulated import the_core  # noqa: F401
 from test_firmware_session import (  # noqa: F401
     bare,
     board,
@@ -42,13 +33,3 @@ from test_firmware_session import (  # noqa: F401
     test_unknown_types,
     test_version_mismatch_serves_only_the_way_back,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def the_core(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    folder = tmp_path_factory.mktemp("session")
-    machine = Machine(build("qemu-session", folder), folder)
-    before, Chosen.core = Chosen.core, EmulatedCore(machine)
-    yield
-    Chosen.core = before
-    machine.close()
