@@ -155,7 +155,7 @@ def test_slow_bodies_and_slow_heads(fort: Fort, address: str) -> None:
         body.sendall(head("Content-Length: 1000") + b"[")
         header.sendall(b"GET /status HTTP/1.1\r\nX: ")
         assert fort.post(QUESTION).status == 200
-        found = body.recv(4096)
+        found = body.makefile("rb").read()
         assert found.startswith(b"HTTP/1.1 408 ")
         assert b"body_timeout" in found
         assert header.recv(4096) == b"", "closed"
