@@ -140,7 +140,10 @@ class Router:
         candidates: list[Candidate] = []
         latest, previous, kind = 0, None, (request.latency_class, request.accuracy)
         cascade = (
-            request.accuracy is AccuracyMode.ADAPTIVE and request.variant is None and self._settings.policy == "utility"
+            request.accuracy is AccuracyMode.ADAPTIVE
+            and request.variant is None
+            and self._settings.policy == "utility"
+            and self._can_ask_again(request, family, end - MARGIN_S, now)
         )
         for state in self._states.values():
             avoided = state.traits.tier in request.avoid
@@ -170,6 +173,20 @@ class Router:
             previous,
         )
         return self._policy.decide(question, candidates), variants
+
+    def _can_ask_again(self, request: InferenceRequest, family: Family, end: float, now: float) -> bool:
+        """Whether the family's most accurate variant could answer in time: only then does a cascade gain anything."""
+        regions = request.allowed_regions
+        for state in self._states.values():
+            traits = state.traits
+            if traits.tier in request.avoid or (regions and traits.tier.is_cloud and traits.region not in regions):
+                continue
+            if not state.target.availability().available or not state.breaker.allows(now):
+                continue
+            for variant in state.target.variants_for(family, None):
+                if variant.asked_last and now + state.estimate(variant, now).p50_s <= end:
+                    return True
+        return False
 
     def _floor(self, request: InferenceRequest, family: Family) -> float:
         if request.accuracy is not AccuracyMode.ACCEPTABLE or self._floor_of is None:

@@ -278,6 +278,20 @@ async def test_a_first_stage_counts_as_right_as_the_cascade(clock: ManualClock, 
         assert judged.estimate.accuracy == pytest.approx(0.96 + more)
 
 
+@pytest.mark.parametrize("why", ["unplugged", "another region", "too late"])
+async def test_what_cannot_be_asked_again_counts_as_right_as_it_is(clock: ManualClock, why: str) -> None:
+    tiers = Tiers(clock)
+    changes: dict[str, Any] = {"accuracy": AccuracyMode.ADAPTIVE}
+    if why == "unplugged":
+        tiers.cloud.state = UNPLUGGED
+    elif why == "another region":
+        changes["allowed_regions"] = frozenset({"mars"})
+    request = make_request(clock, 1.0 if why == "too late" else 100.0, **changes)
+    decision, _ = tiers.router.decide(request, tiers.family, clock.monotonic())
+    (judged,) = (one for one in decision.judged if one.variant == "medium")
+    assert judged.estimate.accuracy == pytest.approx(0.96)
+
+
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
