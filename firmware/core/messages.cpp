@@ -98,27 +98,35 @@ void ModelStatus::write(Writer& out) const {
 
 void Stats::write(Writer& out, uint64_t uptime_us, uint64_t arena_used, uint64_t flash_operations,
                   uint64_t trial_left_us, const HalCounters* hal) const {
-  const struct Item {
-    uint8_t id;
-    uint64_t value;
-  } values[] = {
-      {1, uptime_us},      {2, frames_received},   {3, frames_sent},       {4, bad_crc},
-      {5, bad_frames},     {6, oversize},          {7, inferences},        {8, inferences_failed},
-      {9, busy},           {10, expired},          {11, compute_us},       {13, arena_used},
-      {15, lost_frames},   {16, answers_repeated}, {17, flash_operations}, {18, queue_high_water},
-      {19, trial_left_us}, {23, stream_results},   {24, stream_skipped},
+  constexpr uint8_t kAlways = 19;
+  constexpr uint8_t kOfTheBoard = 2;
+  const auto put = [&out](uint8_t id, uint64_t value) __attribute__((noinline)) {
+    out.u8(id);
+    out.u64(value);
   };
-  const Item counted[] = {{12, hal != nullptr ? hal->stack_high_water : 0},
-                          {14, hal != nullptr ? hal->uart_overruns : 0}};
-  const auto put = [&out](const Item& item) {
-    out.u8(item.id);
-    out.u64(item.value);
-  };
-  constexpr size_t kAlways = sizeof values / sizeof values[0];
-  out.u8(static_cast<uint8_t>(kAlways + (hal != nullptr ? 2 : 0)));
-  for (const Item& item : values) put(item);
+  out.u8(hal == nullptr ? kAlways : kAlways + kOfTheBoard);
+  put(1, uptime_us);
+  put(2, frames_received);
+  put(3, frames_sent);
+  put(4, bad_crc);
+  put(5, bad_frames);
+  put(6, oversize);
+  put(7, inferences);
+  put(8, inferences_failed);
+  put(9, busy);
+  put(10, expired);
+  put(11, compute_us);
+  put(13, arena_used);
+  put(15, lost_frames);
+  put(16, answers_repeated);
+  put(17, flash_operations);
+  put(18, queue_high_water);
+  put(19, trial_left_us);
+  put(23, stream_results);
+  put(24, stream_skipped);
   if (hal == nullptr) return;
-  for (const Item& item : counted) put(item);
+  put(12, hal->stack_high_water);
+  put(14, hal->uart_overruns);
 }
 
 }  // namespace edge

@@ -135,9 +135,8 @@ void Session::write_hello(Writer& out) {
   const ModelStore& store = models_.store();
   const bool keeps = store.slot_size() > 0 && hal_.flash_geometry().survives_power_cut;
   uint32_t capabilities = keeps ? kCapKeepsModels : 0;
-  if (models_.has_engine()) capabilities |= kCapEngine;
+  if (models_.has_engine()) capabilities |= hal_.sources() > 0 ? kCapEngine | kCapStreams : kCapEngine;
   if (models_.verifies()) capabilities |= kCapVerifies;
-  if (hal_.sources() > 0) capabilities |= kCapStreams;
   const Span operators = engine_.operators();
 
   out.u8(kProtocolMajor);

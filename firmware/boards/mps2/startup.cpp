@@ -82,23 +82,20 @@ EDGE_CRASH_HANDLER(nmi_handler, "1")  // only the watchdog is wired to it
 void systick_handler() { edge::mps2::systick_interrupt(); }
 void uart_rx_handler() { edge::mps2::uart_interrupt(); }
 
-constexpr size_t kVectors = 16 + 32;
+// Up to the one interrupt that is enabled; there are no others to vector.
+constexpr size_t kVectors = 16 + 1;
 struct VectorTable {
   uint32_t* stack;
   Initializer handlers[kVectors - 1];
 };
 
-// An interrupt that nobody expects is a fault.
 #define EDGE_4(handler) handler, handler, handler, handler
 __attribute__((section(".vectors"), used)) const VectorTable vectors = {
     __handler_stack_top,
     {
         reset_handler, nmi_handler, fault_handler, EDGE_4(fault_handler), EDGE_4(fault_handler),
         fault_handler, fault_handler, fault_handler, systick_handler,
-        // interrupts 0 to 31
-        uart_rx_handler, fault_handler, fault_handler, fault_handler, EDGE_4(fault_handler),
-        EDGE_4(fault_handler), EDGE_4(fault_handler), EDGE_4(fault_handler), EDGE_4(fault_handler),
-        EDGE_4(fault_handler), EDGE_4(fault_handler)  //
+        uart_rx_handler  // interrupt 0
     }};
 
 }  // extern "C"

@@ -15,8 +15,8 @@ RAM, STORE = 0x2000_0000, 0x2100_0000
 INPUT = re.compile(r"^ (\.[\w.$]+|COMMON)\s+0x([0-9a-f]+)\s+0x([0-9a-f]+)\s+(\S+)$", re.MULTILINE)
 # An archive's member, and on the next line who named it first.
 PULLED = re.compile(r"^(\S+\.a\(\S+\))\s+(\S+) \(\S+\)$", re.MULTILINE)
-# Of the C library, what the firmware needs itself: its own, whoever is named first.
-SHARED = re.compile(r"\(lib_a-(?:mem(?:chr|cmp|cpy|move|set)|str(?:len|nlen))\.o\)$")
+# Of the C library, what the firmware needs itself: its own, whoever is named first. (It has no memmove.)
+SHARED = re.compile(r"\(lib_a-(?:mem(?:chr|cmp|cpy|set)|str(?:len|nlen))\.o\)$")
 STACK = re.compile(r"^\.(?:handler_)?stack\s+0x[0-9a-f]+\s+0x([0-9a-f]+)", re.MULTILINE)
 
 
