@@ -36,7 +36,7 @@ async def info(session: Session, args: argparse.Namespace, clock: Clock) -> None
         print(json.dumps(_as_json(hello) | {"trial_left_s": left_s, "clock": _clock_json(session, clock)}, indent=2))
         return
 
-    print(f"board         {hello.board}, unique id {hello.uid:016x}")
+    print(f"board         {hello.board}, {f'unique id {hello.uid:016x}' if hello.uid else 'no unique id'}")
     print(f"firmware      {hello.build}, protocol {hello.major}.{hello.minor}")
     has_engine = Capability.ENGINE in hello.capabilities
     operators = f"{len(hello.operators)} operators" if has_engine else "so it takes no models and answers no inference"
