@@ -52,7 +52,7 @@ def add_benches(bench: argparse.ArgumentParser, later: Later) -> None:
 
     simulator = kinds.add_parser("simulator", help="the simulator beside the real daemon on the same requests")
     simulator.set_defaults(run=later("hil.sim.validate"))
-    simulator.add_argument("--seconds", type=float, default=20.0, metavar="N", help="of each run (default 20)")
+    simulator.add_argument("--seconds", type=float, default=40.0, metavar="N", help="of each run (default 40)")
     simulator.add_argument("--runs", type=int, default=3, metavar="N", help="the median of so many counts (default 3)")
     simulator.add_argument("--seed", type=int, default=1, metavar="N")
     simulator.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
