@@ -92,7 +92,7 @@ class Times:
     own: Mapping[str, Spread] = field(default_factory=dict)
 
     def own_of(self, family: str, latency_class: LatencyClass) -> Spread:
-        return self.own.get(_kind(family, latency_class), self.daemon)
+        return self.own.get(kind_of(family, latency_class), self.daemon)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -176,7 +176,7 @@ class Survey:
         }
         mix = [kind for kind in STANDARD if kind.family in catalog.families]
         self._kinds = {
-            _kind(kind.family, kind.latency_class): Question(
+            kind_of(kind.family, kind.latency_class): Question(
                 {"model": kind.family, "latency_class": kind.latency_class.value, "accuracy": kind.accuracy.value},
                 catalog.family(kind.family),
                 inputs[kind.family],
@@ -240,7 +240,8 @@ def _own_s(replies: Sequence[Mapping[str, Any]]) -> list[float]:
     ]
 
 
-def _kind(family: str, latency_class: LatencyClass) -> str:
+def kind_of(family: str, latency_class: LatencyClass) -> str:
+    """The key of `Times.own`."""
     return f"{family} {latency_class.value}"
 
 
