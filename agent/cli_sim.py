@@ -59,6 +59,7 @@ def add_benches(bench: argparse.ArgumentParser, later: Later) -> None:
     simulator.add_argument("--runs", type=int, default=3, metavar="N", help="the median of so many counts (default 3)")
     simulator.add_argument("--seed", type=int, default=1, metavar="N")
     simulator.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    simulator.add_argument("--page", type=Path, metavar="FILE", help="write the figures into this page (docs/)")
 
     tiers = kinds.add_parser("tiers", help="measure every tier and variant on the real daemon, for the simulator")
     tiers.set_defaults(run=later("hil.sim.bench_tiers"))

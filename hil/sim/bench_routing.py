@@ -24,7 +24,7 @@ SEEDS_APART = 10
 
 def _main(args: argparse.Namespace) -> int:
     if args.validate:
-        args.seconds, args.runs = validate.SECONDS, validate.RUNS
+        args.seconds, args.runs, args.page = validate.SECONDS, validate.RUNS, None
         return validate.main(args)
     setting.within("--seconds", args.seconds, 10, 3600)
     setting.within("--seeds", args.seeds, 1, 100)

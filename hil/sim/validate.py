@@ -27,7 +27,7 @@ from agent.registry.catalog import Catalog, load_catalog
 from agent.registry.locate import catalog_path
 from hil.bench import machine
 from hil.processes import Stage as Processes
-from hil.sim import setting, stack, tiers
+from hil.sim import page, setting, stack, tiers
 from hil.sim.answers import Samples, run_models
 from hil.sim.judge import Verdict, at_most
 from hil.sim.load import Ask, Load
@@ -42,6 +42,7 @@ TURN_S = 4.0
 REST_S = 0.1
 """Before a turn ends nothing is begun that may reach into the next one."""
 LIMIT = 0.10
+BEGIN = "<!-- figures: edge-agent bench simulator -->"
 WARM_UP_S = 2.0
 """At the start of a run the daemon's estimates settle; these requests do not count, on either side."""
 
@@ -105,7 +106,10 @@ def _main(args: argparse.Namespace) -> int:
     verdicts = judged([run.pairs for run in runs])
     for one in verdicts:
         say(f"{'pass' if one.met else 'MISS'}  {one.what}: {one.text}")
-    setting.write_json(args.json, _document(facts, runs, verdicts))
+    document = _document(facts, runs, verdicts)
+    setting.write_json(args.json, document)
+    if args.page:
+        page.put(args.page, BEGIN, render(document))
     return setting.EXIT_OK
 
 
@@ -246,6 +250,26 @@ def _document(facts: Mapping[str, Any], runs: Sequence[Outcome], verdicts: Seque
         ],
         "verdicts": [one.to_dict() for one in verdicts],
     }
+
+
+def render(document: Mapping[str, Any]) -> str:
+    """The figures for a page, with their marks: a column for each run, predicted / measured."""
+    runs = document["runs"]
+    cells = [{one["what"]: one for one in run["figures"]} for run in runs]
+    head = ["predicted / measured", *(f"run {number}" for number in range(1, len(runs) + 1))]
+    rows = [head, ["---", *["---:"] * len(runs)]]
+    for what in cells[0]:
+        pairs = [run.get(what) for run in cells]
+        rows.append([what, *("" if p is None else f"{p['predicted']:.2f} / {p['measured']:.2f}" for p in pairs)])
+    rows.append(["processors that other work kept busy", *(f"{run['others']:.2f}" for run in runs)])
+    about = document["machine"]
+    where = f"On {about['cpu']} with {about['cores']} cores, at a load of {about['load_before']} before the runs."
+    lines = [BEGIN, "", where, ""]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines.append("")
+    for one in document["verdicts"]:
+        lines.append(f"- {'pass' if one['met'] else '**MISS**'}: {one['what']}: {one['text']}")
+    return "\n".join([*lines, "", page.END])
 
 
 main = setting.command("bench simulator", _main)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hil.sim import judge, page
+from hil.sim import judge, page, validate
 from hil.sim.figures import Figures
 from hil.sim.hindsight import ORACLE
 from hil.sim.strategies import BASELINES, OURS
@@ -21,6 +21,11 @@ NEAR = replace(FIGURES, p95_ms=60.0)
 def test_the_figures_of_the_page_are_those_of_its_json() -> None:
     document = json.loads((DOCS / "routing-proof.json").read_text())
     assert page.render(document) in (DOCS / "routing-proof.md").read_text()
+
+
+def test_the_figures_of_the_simulators_page_are_those_of_its_json() -> None:
+    document = json.loads((DOCS / "simulator-check.json").read_text())
+    assert validate.render(document) in (DOCS / "simulator.md").read_text()
 
 
 def test_every_strategy_was_played_on_every_workload() -> None:

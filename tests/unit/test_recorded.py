@@ -31,7 +31,7 @@ def test_the_recorded_workload_is_answered_much_as_it_was() -> None:
     assert replayed.requests == len(found.records)
     assert 1 - replayed.refused / replayed.requests == pytest.approx(was, abs=0.01)
     edge = [record.outcome["tier"] for record in found.records if record.outcome["status"] == "computed"]
-    assert replayed.edge == pytest.approx(sum(tier.startswith("edge") for tier in edge) / len(edge), abs=0.02)
+    assert replayed.edge == pytest.approx(sum(tier.startswith("edge") for tier in edge) / len(edge), abs=0.05)
 
 
 def test_each_kind_of_request_has_its_own_time_in_the_daemon(tmp_path: Path) -> None:
