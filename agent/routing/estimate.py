@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from math import ceil, inf, isfinite, sqrt
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 WINDOW = 64
 """Samples kept: enough for a 95th percentile, few enough to follow a change within a minute of light traffic."""
@@ -49,6 +49,10 @@ KEEP_S = 0.25
 """How long an estimate is handed out again while nothing happens that would change it but the passing of time."""
 MAX_KEPT = 8
 """Estimates of one play that are handed out again: behind other requests, of another accuracy."""
+
+Habit: TypeAlias = tuple[str, str, bool, bool]
+"""A sort of decision: latency class, accuracy mode, whether the variant was pinned, whether only some plays were let
+pass."""
 
 
 class Window:
@@ -210,8 +214,8 @@ class TrackRecord:
         self._timed_out_at = -inf
         self._kept: dict[tuple[int, int, float, float], Estimate] = {}
         self._kept_from = self._kept_until = 0.0
-        self.chosen: dict[tuple[str, str], int] = {}
-        """By latency class and accuracy mode: the number of the latest decision that put it first."""
+        self.chosen: dict[Habit, int] = {}
+        """The number of the latest decision of each sort that put it first."""
         self.passed_over = 0
         """Requests that could have asked it since it was asked last."""
 

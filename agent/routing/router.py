@@ -12,7 +12,7 @@ from agent.registry.catalog import Family, Variant, complexity
 from agent.routing.attempt import AccuracyOf, Asking, TargetState
 from agent.routing.breaker import Breaker, BreakerState
 from agent.routing.decision import Budgets, Candidate, Constraint, Decision, Limit, Play, Question
-from agent.routing.estimate import Estimate, TrackRecord
+from agent.routing.estimate import Estimate, Habit, TrackRecord
 from agent.routing.policy import Policy
 from agent.routing.walk import MARGIN_S, NoAnswer, Routed, Variants, Walk, breaker_reason
 from agent.targets.base import Target, TargetTraits
@@ -138,7 +138,7 @@ class Router:
         asking = Asking(request, family, end, self._clock, self._budgets)
         variants: dict[Play, Variant] = {}
         candidates: list[Candidate] = []
-        latest, previous, kind = 0, None, (request.latency_class, request.accuracy)
+        latest, previous, kind = 0, None, _habit(request, among)
         cascade = (
             request.accuracy is AccuracyMode.ADAPTIVE
             and request.variant is None
@@ -202,21 +202,21 @@ class Router:
         """
         end = request.deadline if deadline is None else min(deadline, request.deadline)
         decision, variants = self.decide(request, family, self._clock.monotonic(), among=among, deadline=end)
-        self._remember(request, decision, variants)
+        self._remember(request, decision, variants, _habit(request, among))
         asking = Asking(request, family, end, self._clock, self._budgets)
         walk = Walk(asking, decision, variants, self._states, self._settings)
         if self._watcher is not None:
             self._watcher(request, decision, walk.attempts)
         return await walk.run()
 
-    def _remember(self, request: InferenceRequest, decision: Decision, variants: Variants) -> None:
+    def _remember(self, request: InferenceRequest, decision: Decision, variants: Variants, habit: Habit) -> None:
         """What was chosen, for hysteresis; what was passed over, for probes."""
         self._decisions += 1
         for position, play in enumerate(decision.ranked):
             record = self._states[play.target].record(variants[play])
             if position == 0:
                 record.passed_over = 0
-                record.chosen[request.latency_class, request.accuracy] = self._decisions
+                record.chosen[habit] = self._decisions
             elif request.latency_class is not LatencyClass.REALTIME:
                 record.passed_over += 1
 
@@ -224,6 +224,12 @@ class Router:
         """Every target for `/status`, in the order of the chain."""
         now = self._clock.monotonic()
         return [target_status(state, now) for state in self._states.values()]
+
+
+def _habit(request: InferenceRequest, among: Among | None) -> Habit:
+    """What a choice counts as a precedent for. A pinned variant and the second step of a cascade leave less to choose
+    from: what they take says nothing about what a free choice should stay with."""
+    return request.latency_class, request.accuracy, request.variant is not None, among is not None
 
 
 def target_status(state: TargetState, now: float) -> dict[str, Any]:

@@ -175,7 +175,7 @@ class _Player:
             use_cache=kind.use_cache,
             accuracy=kind.accuracy if self._strategy.cascades else AccuracyMode.ACCEPTABLE,
         )
-        await asyncio.sleep(float(self._world.own_s[ask.number]))
+        await asyncio.sleep(self._world.own_s(ask.number, kind.family, kind.latency_class))
         best = self._hindsight.best(request, received + budget_s)
         outcome: InferenceResult | InferenceError
         right = None

@@ -16,14 +16,14 @@ from statistics import median
 import numpy as np
 
 from agent.config import Config, RoutingSection
-from agent.core.types import Tensor, Tier
+from agent.core.types import LatencyClass, Tensor, Tier
 from agent.registry.catalog import Catalog, Family
 from agent.registry.confidence import classified
 from agent.targets.base import TargetTraits
 from hil.sim.answers import Samples
 from hil.sim.faults import Spells, Weather
 from hil.sim.load import Ask
-from hil.sim.tiers import Spread, Times, VariantTimes
+from hil.sim.tiers import Spread, Times, VariantTimes, kind_of
 from hil.sim.trace import OK, Record, Trace
 from hil.sim.world import CLOUD_SERVERS, Known, Place
 
@@ -162,7 +162,7 @@ def _times(trace: Trace, shipped: Times) -> tuple[Times, dict[Play, dict[int, Kn
     known: dict[Play, dict[int, Known]] = defaultdict(dict)
     answered: dict[Play, list[tuple[float, float]]] = defaultdict(list)
     estimates: dict[Play, list[tuple[float, float]]] = defaultdict(list)
-    own: list[float] = []
+    own: dict[str, list[float]] = defaultdict(list)
     for record in trace.records:
         model, outcome = record.request["model"], record.outcome
         tried = list(record.attempts())
@@ -176,7 +176,8 @@ def _times(trace: Trace, shipped: Times) -> tuple[Times, dict[Play, dict[int, Kn
             answered[play].append((compute_s, link_s))
             known[play][record.number] = Known(compute_s, link_s)
             if len(tried) == 1:
-                own.append(max(0.0, outcome["total_ms"] - tried[0]["elapsed_ms"]) / 1e3)
+                kind = kind_of(model, LatencyClass(record.request["latency_class"]))
+                own[kind].append(max(0.0, outcome["total_ms"] - tried[0]["elapsed_ms"]) / 1e3)
         for candidate in record.candidates():
             estimate = candidate["estimate"]
             if candidate["variant"] and estimate["measured"]:
@@ -192,7 +193,10 @@ def _times(trace: Trace, shipped: Times) -> tuple[Times, dict[Play, dict[int, Kn
             Spread.of([compute for compute, _ in pairs]), Spread.of([link for _, link in pairs])
         )
     estimated = {f"{target} {name}" for target, name in estimates.keys() - answered.keys()}
-    return Times({}, {}, Spread.of(own) if own else shipped.daemon, variants), known, estimated
+    every = [value for found in own.values() for value in found]
+    daemon = Spread.of(every) if every else shipped.daemon
+    by_kind = {kind: Spread.of(found) for kind, found in own.items()}
+    return Times({}, {}, daemon, variants, by_kind), known, estimated
 
 
 def _weather(trace: Trace, target: str) -> Weather:

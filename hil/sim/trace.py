@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -69,11 +70,11 @@ class Trace:
 
 
 def read(path: Path) -> Trace:
-    """Raises `OSError`, and `Misuse` for what is no trace."""
+    """One file, compressed by gzip if its name ends in `.gz`. Raises `OSError`, and `Misuse` for what is no trace."""
     header: Mapping[str, Any] | None = None
     found: list[tuple[float, Mapping[str, Any]]] = []
     skipped = 0
-    with path.open("rb") as lines:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 document = json.loads(line)

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MAX_LINES = 450
 GENERATED = ("tests/vectors/frames.json", "docs/routing-proof.json", "LICENSE")
-BINARY = {".npz", ".tflite", ".onnx", ".png", ".ico", ".bin"}
+BINARY = {".npz", ".tflite", ".onnx", ".png", ".gz", ".ico", ".bin"}
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("agent.__version__", "agent.core"),

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from hil.sim import judge, page
+from hil.sim import judge, page, validate
 from hil.sim.figures import Figures
 from hil.sim.hindsight import ORACLE
 from hil.sim.strategies import BASELINES, OURS
-from hil.sim.workloads import CALM, DISTURBED
+from hil.sim.workloads import CALM, DISTURBED, RECORDED
 
 DOCS = Path(__file__).parents[2] / "docs"
 FIGURES = Figures(1000, 0, 0.99, 0.98, 0.99, 0.0, 0.9, 5.0, 2.0, 9.0, 20.0, 0.1, 1000, 0.97, 0.01)
@@ -23,9 +23,14 @@ def test_the_figures_of_the_page_are_those_of_its_json() -> None:
     assert page.render(document) in (DOCS / "routing-proof.md").read_text()
 
 
+def test_the_figures_of_the_simulators_page_are_those_of_its_json() -> None:
+    document = json.loads((DOCS / "simulator-check.json").read_text())
+    assert validate.render(document) in (DOCS / "simulator.md").read_text()
+
+
 def test_every_strategy_was_played_on_every_workload() -> None:
     document = json.loads((DOCS / "routing-proof.json").read_text())
-    assert list(document["workloads"]) == [*CALM, DISTURBED]
+    assert list(document["workloads"]) == [*CALM, DISTURBED, RECORDED]
     names = {strategy.name for strategy in (*BASELINES, OURS, ORACLE)}
     requests = set()
     for workload in document["workloads"].values():
@@ -84,3 +89,12 @@ def test_a_slow_near_class_is_a_miss() -> None:
     assert [one.what for one in verdicts if not one.met] == ["p95 of the near class"]
     assert judge.missed({"a": verdicts, "b": verdicts}) == 2
     assert any("MISS" in line for line in judge.lines("a", verdicts))
+
+
+def test_several_seeds_are_judged_by_their_mean() -> None:
+    seeds = [judge.routing(replace(FIGURES, close=close), NEAR, CLOUD) for close in (0.93, 0.98, 0.97)]
+    (first, *_) = judge.over_seeds(seeds)
+    assert (first.met, first.seeds) == (True, (0.93, 0.98, 0.97))
+    assert first.text == "96.00% (93.00% to 98.00% over 3 seeds), must be above 95%"
+    (low, *_) = judge.over_seeds([seeds[0], seeds[0], seeds[1]])
+    assert not low.met

@@ -62,6 +62,20 @@ async def test_what_was_chosen_is_remembered_for_each_class_and_mode(family: Fam
         assert not any("as before" in reason for reason in decision.reasons), "nothing was chosen for such a request"
 
 
+@pytest.mark.parametrize("how", ["free", "pinned", "second step"])
+async def test_a_choice_that_was_not_free_is_no_precedent(family: Family, clock: ManualClock, how: str) -> None:
+    lanes = [FakeTarget(CLOUD, name="a", prior_s=0.01), FakeTarget(CLOUD, name="b", prior_s=0.01, cost_usd=1.5e-5)]
+    router = Router(lanes, RoutingSection(), clock)
+    lanes[0].state = Availability(False, "not connected")
+    if how == "second step":
+        await router.run(make_request(clock), family, among=lambda traits, variant: variant.id == "large")
+    else:
+        await router.run(make_request(clock, variant="large" if how == "pinned" else None), family)
+    lanes[0].state = Availability(True)
+    decision, _ = router.decide(make_request(clock), family, clock.monotonic())
+    assert any("as before" in reason for reason in decision.reasons) == (how == "free")
+
+
 async def test_the_link_of_a_model_never_asked_is_known_from_others_on_the_same_target(clock: ManualClock) -> None:
     small, large = [1, 4], [1, 4000]
     catalog = make_catalog(

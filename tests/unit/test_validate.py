@@ -42,3 +42,14 @@ def test_an_error_over_the_limit_is_a_miss() -> None:
     assert [one.met for one in verdicts] == [False, True, True]
     verdicts = validate.judged([run((8.0, 10.0), (60.0, 50.0))])
     assert [one.met for one in verdicts] == [False, False, False]
+
+
+def test_the_load_pauses_while_the_other_daemon_is_measured() -> None:
+    moments = [0.0, 1.0, validate.TURN_S - 0.01, validate.TURN_S, 2.5 * validate.TURN_S]
+    assert [validate.in_turns(at_s) for at_s in moments] == [
+        0.0,
+        1.0,
+        validate.TURN_S - 0.01,
+        2 * validate.TURN_S,
+        4.5 * validate.TURN_S,
+    ]
