@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 def run(path: Path | None) -> int:
     """Load the configuration, run until SIGTERM or SIGINT. Returns the exit code."""
+    os.umask(0o077)  # state, traces and trail hold what callers asked: nobody else's to read
     config = load_config(path)
     catalog = load_catalog(catalog_path(config.models.catalog))
     handler = events.setup(config.monitoring.log_level, config.monitoring.log_format)

@@ -71,7 +71,8 @@ function pairs(value, prefix = "", into = []) {
   }
   return into;
 }
-const terms = list => list.flatMap(([key, value]) => [el("dt", {}, words(key)), el("dd", {class: "num"}, value)]);
+const named = list => list.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {class: "num"}, value)]);
+const terms = list => named(list.map(([key, value]) => [words(key), value]));
 
 /* --- the parts of the page --- */
 const history = [];
@@ -98,7 +99,7 @@ function figures(counters, now) {
   fill(at("figures"), [
     figure("Requests", brief(counters.requests), el("small", {}, perSecond.toFixed(1) + " per second"), history.length > 1 ? spark() : null),
     figure("By the deadline", percent(counters.deadline_hits, answered + num(counters.refused)), el("small", {}, whole(counters.deadline_hits) + " answers")),
-    figure("From the cache", percent(num(counters.cached) + num(counters.stale), answered), el("small", {}, whole(counters.cached) + " fresh")),
+    figure("From the cache", percent(num(counters.cached) + num(counters.stale), answered), el("small", {}, whole(counters.cached) + " used as fresh")),
     figure("Stale", percent(counters.stale, answered), el("small", {}, whole(counters.stale) + " answers")),
     figure("Refused", brief(counters.refused), el("small", {}, percent(counters.refused, counters.requests) + " of requests")),
     figure("Cloud bill", usd(counters.cost_usd), el("small", {}, usd(1000 * num(counters.cost_usd) / Math.max(1, num(counters.requests))) + " per 1,000")),
@@ -195,7 +196,11 @@ function row(answer) {
       old ? el("span", {class: "quiet"}, " from ", tier(answer.origin_tier)) : null),
     cell("took right num" + (answer.deadline_met === false ? " late" : ""), ms(total), answer.deadline_met === false ? " late" : ""),
     cell("age num", old ? span(answer.age_s) : "", old ? " " : "", answer.stale ? el("span", {class: "flag"}, answer.same_input === false ? "other input" : "stale") : null),
-    cell("reason", String(arr(answer.reasons).at(-1) || "").slice(0, 240)));
+    cell("reason", ...why(arr(answer.reasons))));
+}
+function why(reasons) {
+  const others = reasons.slice(0, -1).join("; ").slice(0, 240);
+  return [String(reasons.at(-1) || "").slice(0, 240), others ? el("small", {class: "quiet"}, " — " + others) : null];
 }
 function answers(list) {
   list = arr(list).slice(0, ROWS);
@@ -235,7 +240,7 @@ function show(status, recent) {
   path(status, shares, total);
   answers(recent);
   parts(status.components);
-  fill(at("budgets"), terms(budgets(status.budgets)));
+  fill(at("budgets"), named(budgets(status.budgets)));
   fill(at("load"), terms(load(obj(status.load))));
   fill(at("doors"), terms(pairs(status.doors)));
   for (const id of ["parts", "budgets", "load", "doors"]) at(id).closest("section").hidden = !at(id).hasChildNodes();

@@ -34,6 +34,7 @@ class Screen:
         self._sensors = sensors
         self._ledger = ledger
         self._scene = ""
+        self._scene_s = 0.0
         self._started = time.monotonic()
         self._printed = 0.0
         self._live = Live(console=self.console, refresh_per_second=4, transient=True)
@@ -50,8 +51,9 @@ class Screen:
             self._live.stop()
 
     def say(self, event: str) -> None:
-        """Something happens on the stage."""
-        self._scene = event
+        """Something happens on the stage. What was asked before it says nothing of it any more."""
+        self._scene, self._scene_s = event, time.monotonic()
+        self._printed = self._scene_s
         self.console.print(f"[bold]{time.monotonic() - self._started:6.1f} s  {event}[/bold]", highlight=False)
 
     def refresh(self) -> None:
@@ -63,7 +65,7 @@ class Screen:
             self._printed = now
             for sensor in self._sensors:
                 cells = self._cells(sensor, now)
-                self.console.print(f"          {cells[0]:18} {cells[1]:15} {cells[2]:>11} {cells[3]:>7}  {cells[4]}")
+                self.console.print(f"          {cells[0]:18} {cells[1]:18} {cells[2]:>14} {cells[3]:>5}  {cells[4]}")
 
     def _table(self, now: float) -> Table:
         table = Table(title=f"edge-agent: who answers whom  ({now - self._started:.0f} s)", expand=True)
@@ -76,19 +78,21 @@ class Screen:
         return table
 
     def _cells(self, sensor: Sensor, now: float) -> tuple[str, str, str, str, str]:
-        """Of the latest answer in the window; latency is the window's median."""
+        """Of the latest answer in the window to what was asked since the last event."""
         rows = [
             row
             for row in self._ledger.rows()
-            if row.sensor == sensor.name and row.answer and row.answered_s > now - WINDOW_S
+            if row.sensor == sensor.name
+            and row.answer
+            and row.answered_s > now - WINDOW_S
+            and row.sent_s > self._scene_s
         ]
         who = f"{sensor.name}, {sensor.latency_class}"
         if not rows:
             return who, "", "", "", "waiting for an answer"
         last = max(rows, key=lambda row: row.answered_s)
         answer = last.answer or {}
-        times = sorted(row.answered_s - row.sent_s for row in rows)
-        latency = f"{times[len(times) // 2] * 1e3:.1f} ms"
+        latency = f"{(last.answered_s - last.sent_s) * 1e3:.1f} ms"
         if "error" in answer:
             return who, "refused", latency, "", str(answer["error"]["message"])
         sure = "" if answer["confidence"] is None else f"{answer['confidence']:.0%}"

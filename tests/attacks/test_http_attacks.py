@@ -309,6 +309,13 @@ def test_the_trail_is_whole_and_shows_what_is_changed(fort: Fort, tmp_path: Path
     assert main(["audit", "verify", str(copy), "--anchor", head]) == 1
 
 
+def test_what_the_daemon_keeps_is_its_own(fort: Fort) -> None:
+    """Whatever umask it was started with."""
+    kept = [path for path in fort.audit.parent.rglob("*") if path.is_file()]
+    assert {path.name for path in kept if path.stat().st_mode & 0o077} == set()
+    assert any(path.suffix == ".sqlite" for path in kept)
+
+
 def test_no_secret_and_no_payload_is_in_any_log(fort: Fort, address: str) -> None:
     """After requests that were answered, refused for their token, for their content, and one that names a patient."""
     told = user_token()
