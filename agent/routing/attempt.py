@@ -118,7 +118,7 @@ class Asking:
         over = self.over_budget(state, expected, now)
         if over:  # another request may have been quicker since the ranking; between here and `spend` none can be
             return None, attempted(state, variant, TargetBusy.code, 0.0, over, hedge=hedge)
-        receipt = budgets.spend(traits.name, traits.cost_usd, expected.bytes, now)
+        receipt = budgets.spend(traits.name, traits.cost_usd, reserved(expected.bytes), now)
         answer, attempt = await self._try(state, variant, until, hedge=hedge)
         if answer is not None:
             used = answer.bytes_sent + answer.bytes_received
@@ -180,7 +180,14 @@ class Asking:
         if self.budgets is None or not state.traits.tier.is_cloud:
             return ""
         traits = state.traits
-        return self.budgets.objection(traits.name, traits.cost_usd, estimate.bytes, self.request.priority, now)
+        size = reserved(estimate.bytes)
+        return self.budgets.objection(traits.name, traits.cost_usd, size, self.request.priority, now)
+
+
+def reserved(expected_bytes: int) -> int:
+    """Bytes set aside for an attempt: a quarter more than expected. Tensors have one size, but texts vary, and many
+    attempts at once that each took a little more would go over a budget together."""
+    return expected_bytes + expected_bytes // 4
 
 
 def _count_failure(

@@ -127,3 +127,26 @@ async def test_a_request_that_was_cancelled_stays_paid(clock: ManualClock, famil
     with pytest.raises(asyncio.CancelledError):
         await task
     assert house.used() == COST_USD
+
+
+async def test_answers_that_are_larger_than_the_last_do_not_overshoot_together(
+    clock: ManualClock, family: Family
+) -> None:
+    """Many at once, each a fifth larger than what was known when it began."""
+    house = House(clock, BYTES)
+    house.cloud.traits = FakeTarget(Tier.CLOUD_GPU, cost_usd=COST_USD, max_concurrent=1000).traits
+    house.router = Router([house.cloud], RoutingSection(), clock, budgets=house.budget)
+    size = 1000
+
+    async def large(request: InferenceRequest, variant: Variant, deadline: float) -> TargetAnswer:
+        return (await slow(request, variant, deadline))._replace(bytes_sent=size)
+
+    house.cloud.behaviour = large
+    await house.router.run(make_request(clock), family)
+    assert house.used() == size
+    size = 1200
+    requests = [make_request(clock, id=f"r{n}") for n in range(50)]
+    await asyncio.gather(*(house.router.run(request, family) for request in requests), return_exceptions=True)
+    asked = len(house.cloud.asked) - 1
+    assert asked > 5
+    assert house.used() == 1000 + 1200 * asked <= BYTES.amount
