@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import ssl
@@ -12,6 +13,8 @@ import urllib.request
 import zipfile
 from pathlib import Path
 from typing import Any
+
+from agent.core.errors import plain_words
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_STALE = 0, 1, 2, 3
 
@@ -172,7 +175,7 @@ def _document(path: Path, index: int | None) -> dict[str, Any] | None:
             raise ValueError("--index is for .npy and .npz files")
         loaded = _decoded(path.read_bytes())
     except OSError as error:
-        print(f"edge-agent: {path}: {error.strerror or error}", file=sys.stderr)
+        print(f"edge-agent: {path}: {plain_words(error)}", file=sys.stderr)
         return None
     except (ValueError, IndexError) as error:
         print(f"edge-agent: {path}: {error}", file=sys.stderr)
@@ -215,14 +218,11 @@ def call(args: argparse.Namespace, path: str, document: dict[str, Any] | None) -
     """HTTP status and decoded body. A daemon that cannot be reached exits with a sentence."""
     url = f"{args.url}{path}"
     if not url.startswith(("http://", "https://")):
-        raise SystemExit(f"edge-agent: {url}: must begin with http:// or https://")
+        raise _misuse(f"--url: must begin with http:// or https://, found {args.url}")
     data = None if document is None else json.dumps(document).encode()
     headers = {"Content-Type": "application/json"}
-    try:
-        token = os.environ.get("EDGE_AGENT_TOKEN") if args.token_file is None else args.token_file.read_text().strip()
-        context = ssl.create_default_context(cafile=args.ca_file) if url.startswith("https://") else None
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"edge-agent: {args.token_file or args.ca_file}: {error}") from None
+    token = _token(args.token_file)
+    context = _trust(args.ca_file) if url.startswith("https://") else None
     if token:
         headers["Authorization"] = f"Bearer {token}"
     request = urllib.request.Request(url, data, headers)  # noqa: S310 scheme checked above
@@ -234,6 +234,38 @@ def call(args: argparse.Namespace, path: str, document: dict[str, Any] | None) -
             return error.code, json.load(error)
         except ValueError:
             return error.code, {"error": {"code": str(error.code), "message": error.reason}}
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise SystemExit(f"edge-agent: no daemon answers at {url.removesuffix(path)}: {reason}") from None
+    except (http.client.HTTPException, OSError, ValueError) as error:
+        raise SystemExit(f"edge-agent: {_unanswered(error, args.url)}") from None
+
+
+def _unanswered(error: Exception, url: str) -> str:
+    """`error`: what came of asking the daemon at `url`."""
+    reason = getattr(error, "reason", error)
+    if isinstance(reason, ConnectionRefusedError):
+        return f"nobody answers at {url}: is the daemon running?"
+    return f"no daemon answers at {url}: {plain_words(reason) if isinstance(reason, OSError) else reason}"
+
+
+def _token(file: Path | None) -> str | None:
+    if file is None:
+        return os.environ.get("EDGE_AGENT_TOKEN")
+    try:
+        return file.read_text().strip()
+    except OSError as error:
+        raise _misuse(f"--token-file: {file}: {plain_words(error)}") from None
+    except ValueError:
+        raise _misuse(f"--token-file: {file}: is not text") from None
+
+
+def _trust(file: Path | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=file)
+    except ssl.SSLError:
+        raise _misuse(f"--ca-file: {file}: holds no certificate in PEM") from None
+    except OSError as error:
+        raise _misuse(f"--ca-file: {file}: {plain_words(error)}") from None
+
+
+def _misuse(text: str) -> SystemExit:
+    print(f"edge-agent: {text}", file=sys.stderr)
+    return SystemExit(EXIT_USAGE)
