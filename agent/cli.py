@@ -102,8 +102,13 @@ def _check(args: argparse.Namespace) -> int:
         raise ConfigError(unknown)
     for caution in cautions(config):
         print(f"{args.config}: note: {caution}", file=sys.stderr)
-    lanes, boards = len(config.cloud.lanes), len(config.edge_mcu.ports)
-    print(f"{args.config}: ok: {boards} microcontrollers, {lanes} cloud lanes, {len(config.sensors)} sensors")
+    parts = (
+        (len(config.edge_mcu.ports), "microcontroller"),
+        (len(config.cloud.lanes), "cloud lane"),
+        (len(config.sensors), "sensor"),
+    )
+    counted = ", ".join(f"{count} {name}" + ("" if count == 1 else "s") for count, name in parts)
+    print(f"{args.config}: ok: {counted}")
     return EXIT_OK
 
 

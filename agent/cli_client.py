@@ -11,6 +11,7 @@ import sys
 import urllib.error
 import urllib.request
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,19 @@ def _show_answer(answer: dict[str, Any]) -> None:
     stale = " STALE" if answer["stale"] else ""
     print(f"{answer['label']}  ({sure}{how.get(answer['escalation'], '')}{earlier}{age}){stale}")
     timing = answer["timing_ms"]
-    print(f"  by       {answer['tier']} ({answer['target']}), {answer['provider']}")
+    print(f"  by       {answerer(answer)}, {answer['provider']}")
     print(f"  model    {answer['model']}/{answer['variant']}  {answer['model_sha256'][:16]}")
     parts = ", ".join(f"{name} {timing[name]:.2f}" for name in ("queue", "link", "compute"))
     print(f"  took     {timing['total']:.2f} ms ({parts}); deadline {'met' if answer['deadline_met'] else 'MISSED'}")
     print(f"  cost     {answer['cost_usd']:g} USD")
     for reason in answer["reasons"]:
         print(f"  why      {reason}")
+
+
+def answerer(answer: Mapping[str, Any]) -> str:
+    """The tier, and its target where that has a name of its own."""
+    tier, target = answer["tier"], answer["target"]
+    return f"{tier} ({target})" if target != tier else str(tier)
 
 
 def refused(answer: dict[str, Any]) -> int:
@@ -135,7 +142,8 @@ def _status(args: argparse.Namespace) -> int:
     print(f"{status['gateway']}: {ready}, up {status['uptime_s']:.0f} s, version {status['version']}")
     for target in status["targets"]:
         times = target["service_ms"]
-        took = f"p50 {times['p50']:.2f} ms, p95 {times['p95']:.2f} ms" if times else "not measured yet"
+        aged = "~" if target.get("service_aged") else ""
+        took = f"p50 {aged}{times['p50']:.2f} ms, p95 {aged}{times['p95']:.2f} ms" if times else "not measured lately"
         state = "up  " if target["available"] else "DOWN"
         print(f"  {state} {target['name']:20} {took:34} {target['in_flight']}/{target['max_concurrent']} in flight")
         if target["reason"]:
@@ -156,12 +164,12 @@ def _status(args: argparse.Namespace) -> int:
 
 def _budget(budget: dict[str, Any]) -> str:
     """One limit: what is left of it, and whether it is used up or only ahead of its pace."""
-    unit = {"usd": " USD", "bytes": " bytes", "requests": " requests"}[budget["unit"]]
-    left, at_once = budget["left"], budget["left_now"]
-    pace = "" if at_once == left else f", {at_once:.10g}{unit} at once"
-    state = "DONE  " if not left else "budget"
+    unit = "USD" if budget["unit"] == "usd" else budget["unit"]
+    left, at_once = round(budget["left"], 6), round(budget["left_now"], 6)
+    pace = "" if at_once == left else f", {at_once:.10g} {unit.removesuffix('s') if at_once == 1 else unit} at once"
+    state = "DONE  " if not budget["left"] else "budget"
     lane = f" of {budget['lane']}" if budget["lane"] else ""
-    return f"{state} {left:.10g} of {budget['limit']:.10g}{unit} per {budget['window']}{lane} left{pace}"
+    return f"{state} {left:.10g} of {budget['limit']:.10g} {unit} per {budget['window']}{lane} left{pace}"
 
 
 def _document(path: Path, index: int | None) -> dict[str, Any] | None:
