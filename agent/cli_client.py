@@ -157,7 +157,7 @@ def _status(args: argparse.Namespace) -> int:
     counters = status["counters"]
     print(
         f"  {counters['answered']} answered, {counters['refused']} refused, {counters['cached']} from the cache, "
-        f"{counters['stale']} stale, {counters['malformed']} malformed, {counters['cost_usd']:g} USD"
+        f"{counters['stale']} stale, {counters['malformed']} turned away, {counters['cost_usd']:g} USD"
     )
     return EXIT_OK
 
