@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agent import __version__, cli_client, cli_explain, cli_mcu, cli_models, cli_security, cli_sim, cli_worker
-from agent.core.errors import ConfigError, EdgeAgentError
+from agent.core.errors import ConfigError, EdgeAgentError, is_misuse, plain_words
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
@@ -30,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone (`| head`): nothing more to say, and nowhere to say it
         return EXIT_OK
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"edge-agent: {where}{plain_words(error)}", file=sys.stderr)
+        return EXIT_USAGE if is_misuse(error) else EXIT_FAILED
     return code
 
 
@@ -98,8 +102,13 @@ def _check(args: argparse.Namespace) -> int:
         raise ConfigError(unknown)
     for caution in cautions(config):
         print(f"{args.config}: note: {caution}", file=sys.stderr)
-    lanes, boards = len(config.cloud.lanes), len(config.edge_mcu.ports)
-    print(f"{args.config}: ok: {boards} microcontrollers, {lanes} cloud lanes, {len(config.sensors)} sensors")
+    parts = (
+        (len(config.edge_mcu.ports), "microcontroller"),
+        (len(config.cloud.lanes), "cloud lane"),
+        (len(config.sensors), "sensor"),
+    )
+    counted = ", ".join(f"{count} {name}" + ("" if count == 1 else "s") for count, name in parts)
+    print(f"{args.config}: ok: {counted}")
     return EXIT_OK
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import ssl
@@ -10,8 +11,11 @@ import sys
 import urllib.error
 import urllib.request
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from agent.core.errors import plain_words
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_STALE = 0, 1, 2, 3
 
@@ -98,13 +102,19 @@ def _show_answer(answer: dict[str, Any]) -> None:
     stale = " STALE" if answer["stale"] else ""
     print(f"{answer['label']}  ({sure}{how.get(answer['escalation'], '')}{earlier}{age}){stale}")
     timing = answer["timing_ms"]
-    print(f"  by       {answer['tier']} ({answer['target']}), {answer['provider']}")
+    print(f"  by       {answerer(answer)}, {answer['provider']}")
     print(f"  model    {answer['model']}/{answer['variant']}  {answer['model_sha256'][:16]}")
     parts = ", ".join(f"{name} {timing[name]:.2f}" for name in ("queue", "link", "compute"))
     print(f"  took     {timing['total']:.2f} ms ({parts}); deadline {'met' if answer['deadline_met'] else 'MISSED'}")
     print(f"  cost     {answer['cost_usd']:g} USD")
     for reason in answer["reasons"]:
         print(f"  why      {reason}")
+
+
+def answerer(answer: Mapping[str, Any]) -> str:
+    """The tier, and its target where that has a name of its own."""
+    tier, target = answer["tier"], answer["target"]
+    return f"{tier} ({target})" if target != tier else str(tier)
 
 
 def refused(answer: dict[str, Any]) -> int:
@@ -132,7 +142,8 @@ def _status(args: argparse.Namespace) -> int:
     print(f"{status['gateway']}: {ready}, up {status['uptime_s']:.0f} s, version {status['version']}")
     for target in status["targets"]:
         times = target["service_ms"]
-        took = f"p50 {times['p50']:.2f} ms, p95 {times['p95']:.2f} ms" if times else "not measured yet"
+        aged = "~" if target.get("service_aged") else ""
+        took = f"p50 {aged}{times['p50']:.2f} ms, p95 {aged}{times['p95']:.2f} ms" if times else "not measured lately"
         state = "up  " if target["available"] else "DOWN"
         print(f"  {state} {target['name']:20} {took:34} {target['in_flight']}/{target['max_concurrent']} in flight")
         if target["reason"]:
@@ -146,19 +157,19 @@ def _status(args: argparse.Namespace) -> int:
     counters = status["counters"]
     print(
         f"  {counters['answered']} answered, {counters['refused']} refused, {counters['cached']} from the cache, "
-        f"{counters['stale']} stale, {counters['malformed']} malformed, {counters['cost_usd']:g} USD"
+        f"{counters['stale']} stale, {counters['malformed']} turned away, {counters['cost_usd']:g} USD"
     )
     return EXIT_OK
 
 
 def _budget(budget: dict[str, Any]) -> str:
     """One limit: what is left of it, and whether it is used up or only ahead of its pace."""
-    unit = {"usd": " USD", "bytes": " bytes", "requests": " requests"}[budget["unit"]]
-    left, at_once = budget["left"], budget["left_now"]
-    pace = "" if at_once == left else f", {at_once:.10g}{unit} at once"
-    state = "DONE  " if not left else "budget"
+    unit = "USD" if budget["unit"] == "usd" else budget["unit"]
+    left, at_once = round(budget["left"], 6), round(budget["left_now"], 6)
+    pace = "" if at_once == left else f", {at_once:.10g} {unit.removesuffix('s') if at_once == 1 else unit} at once"
+    state = "DONE  " if not budget["left"] else "budget"
     lane = f" of {budget['lane']}" if budget["lane"] else ""
-    return f"{state} {left:.10g} of {budget['limit']:.10g}{unit} per {budget['window']}{lane} left{pace}"
+    return f"{state} {left:.10g} of {budget['limit']:.10g} {unit} per {budget['window']}{lane} left{pace}"
 
 
 def _document(path: Path, index: int | None) -> dict[str, Any] | None:
@@ -172,7 +183,7 @@ def _document(path: Path, index: int | None) -> dict[str, Any] | None:
             raise ValueError("--index is for .npy and .npz files")
         loaded = _decoded(path.read_bytes())
     except OSError as error:
-        print(f"edge-agent: {path}: {error.strerror or error}", file=sys.stderr)
+        print(f"edge-agent: {path}: {plain_words(error)}", file=sys.stderr)
         return None
     except (ValueError, IndexError) as error:
         print(f"edge-agent: {path}: {error}", file=sys.stderr)
@@ -215,14 +226,11 @@ def call(args: argparse.Namespace, path: str, document: dict[str, Any] | None) -
     """HTTP status and decoded body. A daemon that cannot be reached exits with a sentence."""
     url = f"{args.url}{path}"
     if not url.startswith(("http://", "https://")):
-        raise SystemExit(f"edge-agent: {url}: must begin with http:// or https://")
+        raise _misuse(f"--url: must begin with http:// or https://, found {args.url}")
     data = None if document is None else json.dumps(document).encode()
     headers = {"Content-Type": "application/json"}
-    try:
-        token = os.environ.get("EDGE_AGENT_TOKEN") if args.token_file is None else args.token_file.read_text().strip()
-        context = ssl.create_default_context(cafile=args.ca_file) if url.startswith("https://") else None
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"edge-agent: {args.token_file or args.ca_file}: {error}") from None
+    token = _token(args.token_file)
+    context = _trust(args.ca_file) if url.startswith("https://") else None
     if token:
         headers["Authorization"] = f"Bearer {token}"
     request = urllib.request.Request(url, data, headers)  # noqa: S310 scheme checked above
@@ -234,6 +242,38 @@ def call(args: argparse.Namespace, path: str, document: dict[str, Any] | None) -
             return error.code, json.load(error)
         except ValueError:
             return error.code, {"error": {"code": str(error.code), "message": error.reason}}
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise SystemExit(f"edge-agent: no daemon answers at {url.removesuffix(path)}: {reason}") from None
+    except (http.client.HTTPException, OSError, ValueError) as error:
+        raise SystemExit(f"edge-agent: {_unanswered(error, args.url)}") from None
+
+
+def _unanswered(error: Exception, url: str) -> str:
+    """`error`: what came of asking the daemon at `url`."""
+    reason = getattr(error, "reason", error)
+    if isinstance(reason, ConnectionRefusedError):
+        return f"nobody answers at {url}: is the daemon running?"
+    return f"no daemon answers at {url}: {plain_words(reason) if isinstance(reason, OSError) else reason}"
+
+
+def _token(file: Path | None) -> str | None:
+    if file is None:
+        return os.environ.get("EDGE_AGENT_TOKEN")
+    try:
+        return file.read_text().strip()
+    except OSError as error:
+        raise _misuse(f"--token-file: {file}: {plain_words(error)}") from None
+    except ValueError:
+        raise _misuse(f"--token-file: {file}: is not text") from None
+
+
+def _trust(file: Path | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=file)
+    except ssl.SSLError:
+        raise _misuse(f"--ca-file: {file}: holds no certificate in PEM") from None
+    except OSError as error:
+        raise _misuse(f"--ca-file: {file}: {plain_words(error)}") from None
+
+
+def _misuse(text: str) -> SystemExit:
+    print(f"edge-agent: {text}", file=sys.stderr)
+    return SystemExit(EXIT_USAGE)

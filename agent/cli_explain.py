@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from agent.cli_client import EXIT_FAILED, EXIT_OK, add_connection, call, refused
+from agent.cli_client import EXIT_FAILED, EXIT_OK, add_connection, answerer, call, refused
 
 
 def add_parser(commands: Any) -> None:
@@ -104,7 +104,7 @@ def _outcome(outcome: Mapping[str, Any]) -> str:
     if outcome["status"] == "refused":
         return f"refused: {outcome['code']}: {outcome['message']} ({took})"
     sure = "" if outcome["confidence"] is None else f", {outcome['confidence']:.1%} sure"
-    by = f"{outcome['tier']} ({outcome['target']}), variant {outcome['variant']}"
+    by = f"{answerer(outcome)}, variant {outcome['variant']}"
     late = "" if outcome["deadline_met"] else ", LATE"
     age = "" if outcome["status"] == "computed" else f", {outcome['age_s']:g} s old"
     escalation = f", {outcome['escalation']}" if outcome["escalation"] else ""

@@ -7,7 +7,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.core.errors import ConfigError
+from agent.core.errors import ConfigError, plain_words
 from agent.link.push import ModelImage
 from agent.registry.catalog import Catalog, Variant, load_catalog
 from agent.registry.locate import catalog_path
@@ -63,6 +63,8 @@ def choose(args: argparse.Namespace) -> Chosen:
         model = _read(path)
         variant = catalog.by_sha256(_sha256(model))
     else:
+        if Path(args.model).is_file():
+            raise ConfigError([f"{args.model}: a model's file must end in .tflite"])
         name, _, id_ = args.model.partition("/")
         family = catalog.family(name)
         variant = family.variant_for("edge_mcu", id_ or None)
@@ -83,7 +85,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
+        raise ConfigError([f"{path}: cannot be read: {plain_words(error)}"]) from None
 
 
 def _sha256(data: bytes) -> str:

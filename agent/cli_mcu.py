@@ -78,7 +78,12 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
         "--config", type=Path, metavar="FILE", help="policy, trusted keys and catalogue are those of FILE"
     )
 
-    bench = actions.add_parser("bench", parents=[line], help="round trips and throughput beside their floors")
+    bench = actions.add_parser(
+        "bench",
+        parents=[line],
+        help="round trips and throughput beside their floors",
+        epilog="The floor of the wire is worked out only where --baud is given: USB has no such rate.",
+    )
     bench.add_argument("--rounds", type=_positive, default=500, metavar="N", help="of each measurement (default 500)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     bench.add_argument(

@@ -14,7 +14,7 @@ import tty
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from agent.cli_mcu_goodput import line_of, pipelined, transfer
+from agent.cli_mcu_goodput import NOT_PACED, is_paced, line_of, pipelined, transfer
 from agent.core.clock import Clock
 from agent.link.calls import Reply
 from agent.link.session import PING_OVERHEAD, Session
@@ -95,7 +95,8 @@ async def bench(session: Session, args: argparse.Namespace, clock: Clock) -> Non
         "measurements": rows,
     }
     print(f"{hello.board}, {hello.engine}, {args.rounds} rounds each; microseconds")
-    print("floors: the same bytes through a bare pseudo-terminal and back; on the wire, bytes x 10 / baud (--baud)")
+    wire = f"on the wire, bytes x 10 / {args.baud}" if args.baud else "--baud adds that of the wire"
+    print(f"floors: the same bytes through a bare pseudo-terminal and back; {wire}")
     for row in rows:
         print(_line(row))
     if args.json is not None:
@@ -141,6 +142,8 @@ def _against_wire(count: int, took_s: float, baud: int | None) -> dict[str, floa
     if baud is None:
         return {}
     floor_s = count * 10 / baud
+    if not is_paced(floor_s, took_s):
+        return {"wire_floor_us": _us(floor_s), "paced": False}
     return {"wire_floor_us": _us(floor_s), "ratio_to_wire_floor": round(took_s / floor_s, 2)}
 
 
@@ -151,7 +154,9 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['name']:18} p50 {row['p50_us']:8.1f}  p95 {row['p95_us']:8.1f}  "
         f"bare pty echo {row['pty_echo_p50_us']:7.1f}  ratio {row['ratio_to_pty_echo']:.2f}"
     )
-    if "wire_floor_us" in row:
+    if "paced" in row:
+        text += f"  {NOT_PACED}"
+    elif "wire_floor_us" in row:
         text += f"  wire {row['wire_floor_us']:.1f}  ratio {row['ratio_to_wire_floor']:.2f}"
     return text
 

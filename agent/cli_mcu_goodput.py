@@ -21,6 +21,9 @@ from agent.wire.update import CHUNK_OVERHEAD, CHUNK_UNIT, ModelAbort, ModelStatu
 BITS: Final = 10
 INFER_HEAD: Final = MODEL_ID_BYTES + 4
 RESULT_HEAD: Final = MODEL_ID_BYTES + 8
+UNPACED: Final = 1.1
+"""So many times its rate no wire carries: clocks and buffers account for a few per cent."""
+NOT_PACED: Final = "the line is not paced: no wire limits it"
 TRIES: Final = 3
 """The best counts: a busy machine makes a line slower than it is, never faster."""
 
@@ -92,11 +95,19 @@ async def transfer(session: Session, size: int, clock: Clock, baud: int | None) 
     return best
 
 
+def is_paced(floor_s: float, took_s: float) -> bool:
+    """Whether a wire of the given rate can have carried this. USB and pseudo-terminals take a rate and ignore it."""
+    return took_s * UNPACED > floor_s
+
+
 def _shares(on_line: int, payload: int, took_s: float, baud: int | None) -> dict[str, float]:
-    """Per cent of the line's rate: with everything, and what arrives as payload."""
+    """Per cent of the line's rate: with everything, and what arrives as payload. `paced` is in it, and False, where the
+    line is faster than its rate."""
     if baud is None:
         return {}
     floor_s = on_line * BITS / baud
+    if not is_paced(floor_s, took_s):
+        return {"wire_floor_us": round(floor_s * 1e6, 1), "paced": False}
     return {
         "wire_floor_us": round(floor_s * 1e6, 1),
         "ratio_to_wire_floor": round(took_s / floor_s, 2),
@@ -114,4 +125,6 @@ def line_of(row: dict[str, Any]) -> str:
             f"  wire {row['wire_floor_us']:.1f}  ratio {row['ratio_to_wire_floor']:.2f}"
             f"  line {row['line_share_percent']:.1f} %, goodput {row['goodput_percent']:.1f} %"
         )
+    elif "paced" in row:
+        text += f"  {NOT_PACED}"
     return f"{text}  ({row['payload_bytes']} B of payload, {row['frame_bytes']:g} B a frame)"

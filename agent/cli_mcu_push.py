@@ -147,6 +147,9 @@ def _allowed(session: Session, plan: Plan) -> None:
     if not plan.key_id and (verifies or plan.policy.require_signed):
         why = "this board takes signed models only" if verifies else "edge_mcu.require_signed_updates is set"
         raise SigningError(f"{why}: sign it with edge-agent models sign, or give --key FILE")
+    board = plan.signed.manifest.board if plan.signed is not None else ""
+    if board and board != session.hello.board:
+        raise SigningError(f"not sent: signed for boards named {board}, this one is {session.hello.board}")
     if plan.key_id and not verifies:
         print("note: this board does not verify signatures, and takes the model unchecked")
 

@@ -87,7 +87,10 @@ def _list(args: argparse.Namespace) -> int:
 def _calibrate(args: argparse.Namespace) -> int:
     from agent.cli_calibrate import run
 
-    return run(args)
+    try:
+        return run(args)
+    except UnknownModel as error:
+        return _usage(str(error))
 
 
 def _keygen(args: argparse.Namespace) -> int:

@@ -78,7 +78,7 @@ def load_config(path: Path | None, environ: Mapping[str, str] | None = None) -> 
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        faults = _telling(error.errors(include_url=False))
+        faults = [_as_written(fault, tree) for fault in _telling(error.errors(include_url=False))]
     else:
         faults = list(_unworkable(config))
         if not faults:
@@ -93,6 +93,9 @@ def cautions(config: Config) -> list[str]:
     if gpu.enabled and gpu.strict_provider and (gpu.accelerator == "gpu" or gpu.providers[0] != "cpu"):
         found.append("edge_gpu.strict_provider: only a start can tell whether the accelerator can be used")
     found += _too_small(config)
+    found += _one_by_one(config)
+    if config.edge_mcu.enabled:
+        found += [f"edge_mcu: {port} is not there now" for port in _gone(config.edge_mcu.ports)]
     folder = _nearest(config.gateway.state_dir)
     if not os.access(folder, os.W_OK | os.X_OK):
         found.append(
@@ -100,6 +103,10 @@ def cautions(config: Config) -> list[str]:
             "or answers are remembered only until it stops"
         )
     return found
+
+
+def _gone(ports: Sequence[str]) -> Iterator[str]:
+    yield from (port for port in ports if port.startswith("/") and not Path(port).exists())
 
 
 def _too_small(config: Config) -> Iterator[str]:
@@ -111,6 +118,22 @@ def _too_small(config: Config) -> Iterator[str]:
                 if limit is not None and 0 < limit < lane.cost_per_request:
                     price = f"a request of lane {lane.name} costs {lane.cost_per_request:g}"
                     yield f"{where}.usd_per_{window}: {limit:g} USD let nothing through: {price}"
+
+
+def _one_by_one(config: Config) -> Iterator[str]:
+    """Limits on requests whose burst is a single one, though they allow several."""
+    burst = config.budgets.burst
+    amounts = {"budgets": config.budgets} | {
+        f"cloud.lanes.{index}.budget": lane.budget for index, lane in enumerate(config.cloud.lanes)
+    }
+    for where, limits in amounts.items():
+        for window, seconds in (("minute", 60), ("hour", 3600), ("day", 86_400)):
+            limit = getattr(limits, f"requests_per_{window}")
+            if limit is not None and limit > 1 and round(limit * burst) <= 1:
+                yield (
+                    f"{where}.requests_per_{window}: {limit} with budgets.burst {burst:g} let one through at once, "
+                    f"and the next after {seconds / limit:g} s"
+                )
 
 
 def _unworkable(config: Config) -> Iterator[dict[str, Any]]:
@@ -326,6 +349,12 @@ def _telling(faults: Sequence[Any]) -> list[Any]:
         if fault["type"] != "too_short"
         or not any(len(o["loc"]) > len(fault["loc"]) and o["loc"][: len(fault["loc"])] == fault["loc"] for o in faults)
     ]
+
+
+def _as_written(fault: Any, tree: Mapping[str, Any]) -> Any:
+    """`edge_mcu.port` stands for a list of one: the file does not have that list."""
+    single = isinstance(tree.get("edge_mcu"), dict) and "port" in tree["edge_mcu"]
+    return fault | {"loc": ("edge_mcu", "port")} if single and fault["loc"] == ("edge_mcu", "ports", 0) else fault
 
 
 def _plain_words(fault: Any) -> str:

@@ -47,6 +47,7 @@ async def _serve(config: Config, catalog: Catalog) -> int:
         await app.start()
     except (ConfigError, LinkError) as error:
         log.error("cannot start", extra={"reason": str(error)})
+        await app.supervisor.stop()  # before its tasks have begun, and say so
         await app.stop()
         return 2 if isinstance(error, ConfigError) else 1
     if notifier.watchdog_s:

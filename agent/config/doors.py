@@ -53,7 +53,10 @@ class HttpSection(Section):
     @model_validator(mode="after")
     def _remote(self) -> Self:
         if not self.on_loopback and self.tls is None and not self.allow_plaintext:
-            raise ValueError(f"host {self.host!r} is not loopback: give tls, or allow_plaintext: true if that is meant")
+            raise ValueError(
+                f"host {self.host!r} is not loopback: give tls, or allow_plaintext: true if that is meant; and "
+                "security.tokens or security.jwt, if there are none (`edge-agent token new` makes a token)"
+            )
         return self
 
 

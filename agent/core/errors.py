@@ -26,6 +26,7 @@ Errors are translated once, at the seam: routing never sees a `SerialException`,
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,27 @@ class ConfigError(EdgeAgentError):
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = tuple(problems)
+
+
+_PLAIN = {
+    errno.ENOENT: "no such file",
+    errno.EISDIR: "is a folder",
+    errno.ENOTDIR: "a part of this path is no folder",
+    errno.EACCES: "this user may not use it",
+    errno.EPERM: "this user may not use it",
+    errno.ENOSPC: "no space left on its disk",
+}
+
+
+def plain_words(error: OSError) -> str:
+    """What the system said, for a person: without its number and without the name of the file."""
+    words = error.strerror or str(error)
+    return _PLAIN.get(error.errno or 0) or words[:1].lower() + words[1:]
+
+
+def is_misuse(error: OSError) -> bool:
+    """Whether it comes from naming what is not there or cannot be used, and not from this machine's state."""
+    return error.filename is not None and error.errno in _PLAIN and error.errno != errno.ENOSPC
 
 
 class InferenceError(EdgeAgentError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import socket
 import ssl
 from collections.abc import Generator
@@ -13,7 +14,7 @@ from typing import Any
 import uvicorn
 
 from agent.config import HttpSection, TlsSection
-from agent.core.errors import ConfigError, LinkError
+from agent.core.errors import ConfigError, LinkError, plain_words
 from agent.ingress.http_bounds import Refused, bounded_protocol
 
 MAX_CONNECTIONS = 512
@@ -117,7 +118,12 @@ class HttpServer:
         try:
             return socket.create_server((self._host, self.port), family=family, backlog=BACKLOG, dualstack_ipv6=both)
         except OSError as error:
-            raise LinkError(f"http: cannot listen on {self._host}:{self.port}: {error.strerror or error}") from None
+            raise LinkError(f"http: cannot listen on {self._host}:{self.port}: {_reason(error)}") from None
+
+
+def _reason(error: OSError) -> str:
+    """`create_server` repeats the address behind the system's own words."""
+    return plain_words(OSError(error.errno, os.strerror(error.errno)) if error.errno and error.errno > 0 else error)
 
 
 class _Embedded(uvicorn.Server):

@@ -12,7 +12,7 @@ from agent.registry.catalog import Family, Variant, complexity
 from agent.routing.attempt import AccuracyOf, Asking, TargetState
 from agent.routing.breaker import Breaker, BreakerState
 from agent.routing.decision import Budgets, Candidate, Constraint, Decision, Limit, Play, Question
-from agent.routing.estimate import Estimate, Habit, TrackRecord
+from agent.routing.estimate import FRESH_S, Estimate, Habit, TrackRecord
 from agent.routing.policy import Policy
 from agent.routing.walk import MARGIN_S, NoAnswer, Routed, Variants, Walk, breaker_reason
 from agent.targets.base import Target, TargetTraits
@@ -235,11 +235,13 @@ def _habit(request: InferenceRequest, among: Among | None) -> Habit:
 def target_status(state: TargetState, now: float) -> dict[str, Any]:
     """One target for `/status`."""
     availability, traits, breaker = state.target.availability(), state.traits, state.breaker
-    service = {}
+    service, ages_s = {}, {}
     for name, record in state.records.items():
         estimate = record.estimate(now, 0, traits.parallel)
         if estimate.measured:
             service[name] = {"p50": round(estimate.p50_s * 1e3, 3), "p95": round(estimate.p95_s * 1e3, 3)}
+            ages_s[name] = estimate.age_s
+    slowest = max(service, key=lambda name: service[name]["p95"], default=None)
     return {
         "name": traits.name,
         "tier": traits.tier.value,
@@ -256,7 +258,8 @@ def target_status(state: TargetState, now: float) -> dict[str, Any]:
         },
         "cost_usd": traits.cost_usd,
         "region": traits.region,
-        "service_ms": max(service.values(), key=lambda times: times["p95"], default=None),
+        "service_ms": None if slowest is None else service[slowest],
+        "service_aged": slowest is not None and ages_s[slowest] > FRESH_S,
         "service_ms_by_variant": service,
         "requests": state.requests,
         "failures": state.failures,

@@ -132,7 +132,7 @@ class Guard:
             self._tell(fields)
 
     def _tell(self, fields: Mapping[str, Any]) -> None:
-        log.warning("request refused", extra=dict(fields))
+        log.warning("turned away", extra=dict(fields))
         if self._audit is not None:
             self._audit.refusal(fields)
 

@@ -11,6 +11,7 @@ from typing import Any
 from agent.core.types import Tensor
 from agent.registry.catalog import Catalog, Family, Variant
 from agent.registry.tensors import to_variant
+from agent.runtimes.litert import CHATTER
 from hil.bench.report import CannotMeasure
 from hil.bench.stats import Sampler, timed
 from hil.demo.players import heldout
@@ -29,7 +30,8 @@ def canonical_inputs(catalog: Catalog, family: Family) -> list[Tensor]:
 def bare_invoke(catalog: Catalog, variant: Variant) -> Invoke:
     """Set the input, run, get the output. Raises `CannotMeasure` if the library is not installed."""
     try:
-        return (_litert if variant.format == "tflite" else _onnx)(catalog.path(variant))
+        with CHATTER:
+            return (_litert if variant.format == "tflite" else _onnx)(catalog.path(variant))
     except ImportError as error:
         raise CannotMeasure(f"{variant.name}: {error}") from None
 

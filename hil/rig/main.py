@@ -94,7 +94,7 @@ def _conduct(report: Report, board: AnyBoard, checks: list[Check], soak_s: float
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as the daemon
                 report.outcomes = runner.run(run(rig, checks, printer.show))
     report.seconds = time.time() - report.began
-    summary(report, _say)
+    summary(report, len(SUITE), _say)
     if missing:
         return EXIT_MISSING
     return EXIT_OK if report.ok else EXIT_FAILED

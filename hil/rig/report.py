@@ -140,8 +140,8 @@ def lines_of(outcome: Outcome) -> list[str]:
     return lines + [f"line: {line}" for line in findings.lines]
 
 
-def summary(report: Report, write: Callable[[str], None]) -> None:
-    """The verdict, and everything that a reader must not overlook."""
+def summary(report: Report, of: int, write: Callable[[str], None]) -> None:
+    """The verdict, and everything that a reader must not overlook. `of`: how many checks there are."""
     counts = report.counts
     write("")
     told = ", ".join(f"{counts[verdict]} {verdict.value}" for verdict in Verdict if counts[verdict])
@@ -155,7 +155,11 @@ def summary(report: Report, write: Callable[[str], None]) -> None:
     if not report.ok:
         write("It does not hold up.")
     elif counts[Verdict.PASSED]:
-        write("The board, its line and the gateway hold up.")
+        done = counts[Verdict.PASSED]
+        if done == of:
+            write("The board, its line and the gateway hold up.")
+        else:
+            write(f"{done} of {of} checks: what was checked holds up.")
 
 
 def _of(outcomes: Sequence[Outcome], verdict: Verdict) -> list[Outcome]:

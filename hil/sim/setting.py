@@ -12,6 +12,7 @@ from typing import Any
 
 from agent.config import CloudSection, Config, LaneSection
 from agent.config_load import load_config
+from agent.core.errors import is_misuse, plain_words
 from agent.registry.catalog import Catalog, load_catalog
 from agent.registry.locate import catalog_path
 from hil.bench.report import CannotMeasure
@@ -41,7 +42,11 @@ def command(name: str, run: Callable[[argparse.Namespace], int]) -> Callable[[ar
         except Misuse as error:
             print(f"edge-agent {name}: {error}", file=sys.stderr)
             return EXIT_USAGE
-        except (CannotMeasure, StartError, OSError) as error:
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename is not None else ""
+            print(f"edge-agent {name}: {where}{plain_words(error)}", file=sys.stderr)
+            return EXIT_USAGE if is_misuse(error) else EXIT_FAILED
+        except (CannotMeasure, StartError) as error:
             print(f"edge-agent {name}: {error}", file=sys.stderr)
             return EXIT_FAILED
 
@@ -49,7 +54,7 @@ def command(name: str, run: Callable[[argparse.Namespace], int]) -> Callable[[ar
 
 
 def stage(args: argparse.Namespace) -> Stage:
-    """Raises `CannotMeasure`, and `ConfigError` for a catalogue that cannot be used."""
+    """Raises `CannotMeasure`, `OSError`, and `ConfigError` for a catalogue that cannot be used."""
     catalog = load_catalog(catalog_path(getattr(args, "catalog", None)))
     return Stage(catalog, run_models(catalog), tiers.load(args.times or tiers.MEASURED))
 

@@ -125,7 +125,7 @@ def load(path: Path = MEASURED) -> Times:
             },
             {name: _seconds(points) for name, points in document.get("own", {}).items()},
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CannotMeasure(f"{path}: no measured times: {error}") from None
 
 

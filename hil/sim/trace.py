@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,24 +74,26 @@ def read(path: Path) -> Trace:
     """One file, compressed by gzip if its name ends in `.gz`. Raises `OSError`, and `Misuse` for what is no trace."""
     header: Mapping[str, Any] | None = None
     found: list[tuple[float, Mapping[str, Any]]] = []
-    skipped = 0
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                document = json.loads(line)
-                kind = document["kind"]
-            except (ValueError, KeyError, TypeError):
-                skipped += 1
-                continue
-            if kind == "header":
-                if document["schema"] > SCHEMA:
-                    raise Misuse(f"{path}:{number}: schema {document['schema']}; this version reads up to {SCHEMA}")
-                header = document
-            elif kind == "request" and header is not None:
-                found.append((float(document["at"]), document))
-            else:
-                skipped += 1
-    if header is None or not found:
+    skipped, wrong = 0, ""
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            document = json.loads(line)
+            kind = document["kind"]
+        except (ValueError, KeyError, TypeError) as error:
+            skipped += 1
+            wrong = wrong or f"line {number}: {_fault(error)}"
+            continue
+        if kind == "header":
+            if document["schema"] > SCHEMA:
+                raise Misuse(f"{path}:{number}: schema {document['schema']}; this version reads up to {SCHEMA}")
+            header = document
+        elif kind == "request" and header is not None:
+            found.append((float(document["at"]), document))
+        else:
+            skipped += 1
+    if header is None:
+        raise Misuse(f"{path}: is no trace: {wrong or 'it has no header'}")
+    if not found:
         raise Misuse(f"{path}: holds no recorded request")
     found.sort(key=lambda one: one[0])
     first = found[0][0]
@@ -99,6 +102,20 @@ def read(path: Path) -> Trace:
         for number, (at, one) in enumerate(found)
     )
     return Trace(header["targets"], header["models"], records, skipped)
+
+
+def _fault(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"is not JSON, or cut off, at column {error.colno}"
+    return "is not text" if isinstance(error, UnicodeDecodeError) else "has no `kind`, as every line of a trace has"
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+            yield from lines
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise Misuse(f"{path}: is no trace: not whole as a gzip file: {error}") from None
 
 
 def check_models(trace: Trace, catalog: Catalog) -> None:

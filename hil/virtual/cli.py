@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    from agent.core.errors import plain_words
     from agent.registry.signing import SigningError, load_public
 
     from .engine import open_engine
@@ -72,6 +73,7 @@ def main(args: argparse.Namespace) -> int:
 
     with contextlib.ExitStack() as opened:
         try:
+            samples = args.samples.read_bytes() if args.samples else b""
             key = load_public(args.public_key) if args.public_key is not None else None
             if key is not None:
                 key.verify(b"", b"")  # says now, not during an update, that the package for it is missing
@@ -90,12 +92,16 @@ def main(args: argparse.Namespace) -> int:
                 window=args.window,
                 # Stable over restarts, and different for every flash file.
                 unique_id=zlib.crc32(str(args.flash.resolve()).encode()),
-                samples=args.samples.read_bytes() if args.samples else b"",
+                samples=samples,
                 verify=key.verify if key is not None else None,
             )
             machine = Machine(settings, flash, engine)
             opened.callback(machine.close)
-        except (LibraryMissing, FlashRefused, ProvisionError, SigningError, ImportError, OSError) as err:
+        except OSError as err:
+            where = f"{err.filename}: " if err.filename is not None else ""
+            print(f"virtual MCU: {where}{plain_words(err)}", file=sys.stderr)
+            return 1
+        except (LibraryMissing, FlashRefused, ProvisionError, SigningError, ImportError) as err:
             print(f"virtual MCU: {err}", file=sys.stderr)
             return 1
         machine.stop_on_signals()

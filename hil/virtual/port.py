@@ -31,7 +31,8 @@ class LinkClaim:
 
     def __init__(self, link: Path) -> None:
         check_link(link)
-        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.parent.is_dir():
+            raise LinkRefused(f"{link}: no such folder: {link.parent}")
         if not os.access(link.parent, os.W_OK | os.X_OK):
             raise LinkRefused(f"{link}: no permission to make a link in {link.parent}")
         name = hashlib.sha256(os.fsencode(link.parent.resolve() / link.name)).hexdigest()

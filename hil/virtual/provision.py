@@ -53,6 +53,8 @@ class Provisioner:
 
     def _install(self, mcu: Mcu, path: Path, chunk: int) -> None:
         model = path.read_bytes()
+        if model[4:8] != b"TFL3":
+            raise ProvisionError(f"{path}: is no .tflite model")
         digest = hashlib.sha256(model).digest()
         begin = struct.pack("<BBHIIIIB", 1, ALLOW_DOWNGRADE, chunk, len(model), 0, FIRST_COUNTER, 0, 0)
         try:
@@ -72,7 +74,7 @@ class Provisioner:
         self._frames.clear()
         if answer.type == ERROR:
             code = struct.unpack_from("<H", answer.payload)[0]
-            raise ProvisionError(f"error {code}: {answer.payload[2:].decode(errors='replace')}")
+            raise ProvisionError(f"refused with error {code}: {answer.payload[2:].decode(errors='replace')}")
         return answer.payload
 
 

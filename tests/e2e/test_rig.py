@@ -50,7 +50,7 @@ def test_the_virtual_board_holds_up(tmp_path: Path) -> None:
     # Nothing is left out on this board.
     assert document["counts"]["passed"] == len(SUITE) == len(junit.findall("testsuite/testcase")), text
     assert not junit.findall(".//failure") and not junit.findall(".//error")
-    assert f"Seed {SEED}." in text and "hold up" in text
+    assert f"Seed {SEED}." in text and "The board, its line and the gateway hold up." in text
     damaged = next(check for check in document["checks"] if check["check"] == "faults/bit errors")
     assert any(f"seed={SEED}" in line for line in damaged["lines"])
 

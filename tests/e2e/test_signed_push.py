@@ -155,7 +155,7 @@ def test_a_signature_beside_the_model_is_found(
     assert cli.main(["mcu", "push", str(model), "--port", board.port]) == 0
     assert cli.main(["models", "sign", str(model), "--key", str(key), "--board", "pico", "--counter", "2"]) == 0
     assert cli.main(["mcu", "push", str(model), "--force", "--port", board.port]) == 1
-    assert "BOARD: host" in capsys.readouterr().err
+    assert "not sent: signed for boards named pico, this one is host" in capsys.readouterr().err
 
 
 def test_a_downgrade_is_signed_or_refused(

@@ -359,9 +359,15 @@ def test_errors_at_the_start(tmp_path: Path) -> None:
     assert "script/firmware host" in refused(*link, EDGE_AGENT_FIRMWARE=str(tmp_path / "none.so"))
     bad = tmp_path / "bad.tflite"
     bad.write_bytes(model()[:1000])
-    assert f"{bad}: error {INVALID_MODEL}" in refused(*link, "--model", bad)
+    assert f"{bad}: refused with error {INVALID_MODEL}" in refused(*link, "--model", bad)
     occupied = tmp_path / "file"
     occupied.write_text("mine")
+    assert "no such folder" in refused("--link", tmp_path / "none" / "port", "--flash", tmp_path / "flash")
+    assert not (tmp_path / "none").exists()
+    none = tmp_path / "nosuch.table"
+    assert f"{none}: no such file" in refused(*link, "--samples", none)
+    assert "is no .tflite model" in refused(*link, "--model", __file__)
+    (tmp_path / "flash").unlink(missing_ok=True)
     assert "not a symlink" in refused("--link", occupied, "--flash", tmp_path / "flash")
     assert occupied.read_text() == "mine"
     occupied.unlink()

@@ -203,7 +203,7 @@ def test_status_names_what_is_not_up_and_counts_what_was_malformed(
     assert "  STARTING load\n" in shown
     assert "http door" not in shown
     assert shown.count("edge_mcu") == 1
-    assert "0 stale, 7 malformed, 0 USD" in shown
+    assert "0 stale, 7 turned away, 0 USD" in shown
 
 
 def test_the_status_says_what_budgets_leave(door: Door, capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,3 +95,9 @@ def test_operators_of_shipped_models_have_codes() -> None:
     assert len(set(OPERATOR_CODES.values())) == len(OPERATOR_CODES)
     with pytest.raises(Exception, match="no firmware has WHILE"):
         operator_codes(["ADD", "WHILE"])
+
+
+def test_an_unknown_family_is_the_same_mistake_everywhere(key: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (("calibrate", "nosuch"), ("sign", "nosuch", "--key", str(key)), ("verify", "nosuch", "--key", "x")):
+        assert run(*words) == 2
+        assert capsys.readouterr().err.startswith("edge-agent models: ")

@@ -56,7 +56,7 @@ REFUSED = [
     ("edge_mcu: {enabled: 'yes'}", "edge_mcu.enabled: must be true or false, found 'yes'"),
     ("edge_mcu: {port: a, ports: [b]}", "edge_mcu: give either port or ports, not both"),
     ("edge_mcu: {ports: [a, a]}", "edge_mcu.ports: names the same port twice"),
-    ("edge_mcu: {port: [a]}", "edge_mcu.ports.0: must be text"),
+    ("edge_mcu: {port: [a]}", "edge_mcu.port: must be text"),
     (
         "edge_mcu: {ports: /dev/ttyACM0}",
         "edge_mcu.ports: must be a list, such as [/dev/ttyACM0]; a single one may be given",
@@ -349,3 +349,14 @@ def test_a_budget_that_lets_nothing_through_is_noted(tmp_path: Path) -> None:
     state = f"gateway: {{state_dir: {tmp_path}}}"
     (note,) = cautions(load(tmp_path, f"{state}\n{text}\nbudgets: {{usd_per_day: 5, usd_per_minute: 0}}"))
     assert note == "cloud.lanes.0.budget.usd_per_hour: 0.005 USD let nothing through: a request of lane a costs 0.01"
+
+
+def test_notes_of_a_board_that_is_not_there_and_of_a_burst_of_one(tmp_path: Path) -> None:
+    state = f"gateway: {{state_dir: {tmp_path}}}"
+    ports = f"edge_mcu: {{ports: [{tmp_path}/ttyNO, {tmp_path}]}}"
+    assert cautions(load(tmp_path, f"{state}\n{ports}")) == [f"edge_mcu: {tmp_path}/ttyNO is not there now"]
+    (note,) = cautions(load(tmp_path, f"{state}\nbudgets: {{requests_per_minute: 4, requests_per_hour: 40}}"))
+    assert note == (
+        "budgets.requests_per_minute: 4 with budgets.burst 0.25 let one through at once, and the next after 15 s"
+    )
+    assert cautions(load(tmp_path, f"{state}\nbudgets: {{requests_per_minute: 4, burst: 1}}")) == []

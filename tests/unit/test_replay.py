@@ -129,8 +129,9 @@ def test_what_is_no_request_is_skipped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "why"),
     [
-        ([], "holds no recorded request"),
-        (["not a trace"], "holds no recorded request"),
+        ([], "is no trace: it has no header"),
+        ([header()], "holds no recorded request"),
+        (["not a trace"], "is no trace: line 1"),
         ([header(schema=2), request(0)], "schema 2"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from agent.core.errors import LinkError
-from hil.rig.check import Check, Failed, Figure, Findings, Skip, Verdict, check, require
+from hil.rig.check import Check, Failed, Figure, Findings, Outcome, Skip, Verdict, check, require
 from hil.rig.main import main
 from hil.rig.protocols import RigError
 from hil.rig.report import Printer, Report, head, summary
@@ -62,7 +62,7 @@ def test_text_says_what_was_expected_found_and_how_to_repeat_it(report: Report) 
     printer = Printer(report, lines.append)
     for outcome in report.outcomes:
         printer.show(outcome)
-    summary(report, lines.append)
+    summary(report, 39, lines.append)
     text = "\n".join(lines)
     assert "expected: It goes well." in text and "[at least 95]" in text
     assert "FOUND: speed 94 %, expected at least 95" in text
@@ -84,8 +84,16 @@ def test_json_and_junit_hold_the_same(report: Report) -> None:
 def test_a_run_without_faults_is_well() -> None:
     report = Report("desk", "", 1, 0.0, skipped([ENDINGS[0][0]], "no such port"))
     lines: list[str] = []
-    summary(report, lines.append)
+    summary(report, 39, lines.append)
     assert report.ok and "not checked (1): no such port" in lines[-1]
+
+
+def test_a_part_of_the_checks_says_what_part() -> None:
+    outcome = Outcome(ENDINGS[0][0], Verdict.PASSED, 0.1)
+    for of, verdict in ((39, "1 of 39 checks: what was checked holds up."), (1, "The board, its line and the gateway")):
+        lines: list[str] = []
+        summary(Report("desk", "", 1, 0.0, [outcome]), of, lines.append)
+        assert lines[-1].startswith(verdict)
 
 
 def test_figures_have_limits_of_either_kind() -> None:

@@ -27,6 +27,7 @@ from agent.core.errors import TargetBusy, TargetFailed, TargetTimeout, TargetUna
 from agent.core.types import AccuracyMode, InferenceRequest, LatencyClass, TargetAnswer, Tier
 from agent.registry.catalog import Family, Variant
 from agent.routing.attempt import GRACE_S
+from agent.routing.estimate import FRESH_S
 from agent.routing.router import NoAnswer, Router
 from agent.routing.walk import MARGIN_S, RESERVE_FACTOR, RESERVE_SHARE
 
@@ -297,6 +298,9 @@ async def test_status_tells_what_routing_knows(
     assert status["cloud_gpu"]["service_ms"] is None
     assert status["edge_gpu"]["breaker"] == {"state": "closed", "failures": 0, "retry_in_s": 0.0}
     assert status["edge_gpu"]["detail"] == {"asked": 1}
+    assert [target["service_aged"] for target in router.status()] == [False] * 4
+    clock.advance(FRESH_S + 1)
+    assert [target["name"] for target in router.status() if target["service_aged"]] == ["edge_gpu"]
     assert router.available()
 
 
