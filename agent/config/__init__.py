@@ -19,6 +19,7 @@ from agent.config.broker import BrokerSection, check_broker_url, check_topic_fil
 from agent.config.budgets import AmountsSection, BudgetsSection
 from agent.config.cascade import AccuracyName, AccuracySection, DriftSection, ShadowSection
 from agent.config.doors import HttpSection, MqttSection, SensorSection
+from agent.config.outbox import DurableSections, OutboxSection, UplinkSection
 from agent.config.overload import ClassShares, LimitSection, OverloadSection, WaitingSection
 from agent.config.routing import (
     BreakerSection,
@@ -59,6 +60,7 @@ __all__ = [
     "MonitoringSection",
     "MqttSection",
     "Name",
+    "OutboxSection",
     "OverloadSection",
     "ParameterThresholds",
     "Priority",
@@ -68,6 +70,7 @@ __all__ = [
     "ShadowSection",
     "Substituted",
     "Topic",
+    "UplinkSection",
     "UtilityWeights",
     "WaitingSection",
     "check_broker_url",
@@ -134,7 +137,7 @@ class MonitoringSection(Section):
         return value
 
 
-class Config(Section):
+class Config(DurableSections):
     """The whole tree."""
 
     gateway: GatewaySection = Field(default_factory=GatewaySection)

@@ -6,6 +6,8 @@
     │   ├── InvalidRequest     400  names the field, what was found, what is allowed
     │   ├── UnknownModel       404
     │   ├── Overloaded         429  a bounded queue is full
+    │   │   └── OutboxFull     429  the outbox is, and its policy is to refuse
+    │   ├── NotStored          503  a durable request could not be put on the disk
     │   ├── Unavailable        503  every target failed or none could be asked, and nothing is cached
     │   └── DeadlineExceeded   504  time ran out, and nothing is cached
     ├── TargetError            why one attempt on one target failed; routing goes on to the next target
@@ -100,6 +102,19 @@ class Overloaded(InferenceError):
 
     code = "overloaded"
     http_status = 429
+
+
+class OutboxFull(Overloaded):
+    """The outbox has reached one of its bounds, and its policy is to refuse."""
+
+    code = "outbox_full"
+
+
+class NotStored(InferenceError):
+    """A durable request could not be put on the disk, so it was not accepted."""
+
+    code = "not_stored"
+    http_status = 503
 
 
 class Unavailable(InferenceError):

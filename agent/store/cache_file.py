@@ -7,19 +7,16 @@ wait in memory, the newest `limit` of them, and are written when it can be again
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import logging
-import os
 import sqlite3
 import threading
-import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+
+from agent.store.sqlite_file import BUSY_S, FolderLock, check, is_damage, put_aside, words
 
 log = logging.getLogger(__name__)
 
@@ -28,16 +25,10 @@ CHUNK = 1024
 """Rows in one transaction, so that what gathered during an outage is written in steps."""
 RETRY_S = 10.0
 """While the file cannot be written: between two tries."""
-SPACE_NEEDED = 1 << 20
-"""Bytes free below which a file system counts as full: SQLite then names other errors too."""
 GATHER_S = 0.25
 """How long the first of a batch waits for others: one commit for all of them spares the flash."""
 CLOSE_S = 5.0
 """How long a close waits for the last batch."""
-KEPT_DAMAGED = 3
-"""Files set aside that are kept; the oldest go."""
-BUSY_S = 2.0
-"""How long SQLite waits for another process that has the file locked, a backup for example."""
 
 _COLUMNS = (
     "scope, model, digest, variant, model_sha256, label, confidence, tier, target, provider, packed, created_wall, crc"
@@ -100,7 +91,7 @@ class CacheFile:
         self._writing = False
         self._thread: threading.Thread | None = None
         self._connection: sqlite3.Connection | None = None
-        self._lock = -1
+        self._lock = FolderLock(path.parent)
         self._since_prune = 0
         self._lost = 0
         self._counts = {"loaded": 0, "damaged_rows": 0, "written": 0, "dropped": 0, "write_errors": 0}
@@ -206,7 +197,7 @@ class CacheFile:
                 self._changed.notify_all()
             if closing:
                 self._disconnect()
-                self._unlock()
+                self._lock.release()
                 return
 
     def _write(self, entries: Mapping[tuple[str, str, bytes], Answer], last: Mapping[tuple[str, str], Answer]) -> bool:
@@ -241,7 +232,7 @@ class CacheFile:
     def _failed(self, error: sqlite3.Error | OSError) -> None:
         self._counts["write_errors"] += 1
         self._disconnect()
-        why = _words(error, self._path)
+        why = words(error, self._path)
         if why != self._error:
             log.warning("cache file cannot be used: %s", why, extra={"path": str(self._path)})
         self._error = why
@@ -254,44 +245,21 @@ class CacheFile:
     def _connect(self) -> sqlite3.Connection:
         """Open the file, or a new one if it is damaged. Raises `sqlite3.Error` or `OSError`."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        self._lock.take()
         try:
             self._connection = self._prepare()
         except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise  # Locked, full, read-only: nothing is wrong with what it holds.
-            self._put_aside(error)
+            if not is_damage(error):
+                raise
+            self._set_aside = put_aside(self._path, error, log_too=False).name
             self._connection = self._prepare()
         return self._connection
-
-    def _take_lock(self) -> None:
-        """Have the folder for this process alone, until `close`. Raises `OSError` if another one has it."""
-        if self._lock >= 0:
-            return
-        folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(folder)
-            raise OSError(errno.EBUSY, f"{self._path.parent} is in use by another daemon") from None
-        except OSError:  # A file system without locks, NFS for example: better without one than without a file.
-            os.close(folder)
-            return
-        self._lock = folder
-
-    def _unlock(self) -> None:
-        folder, self._lock = self._lock, -1
-        if folder >= 0:
-            os.close(folder)
 
     def _prepare(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, timeout=BUSY_S, check_same_thread=False)
         connection.text_factory = _decode
         try:
-            faults = [fault for (fault,) in connection.execute("PRAGMA quick_check(1)")]
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if faults != ["ok"] or version not in (0, SCHEMA_VERSION):
-                raise sqlite3.DatabaseError(faults[0] if faults != ["ok"] else f"schema version {version}")
+            check(connection, SCHEMA_VERSION)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")
             with connection:
@@ -309,16 +277,6 @@ class CacheFile:
             connection.close()
             raise
         return connection
-
-    def _put_aside(self, error: Exception) -> None:
-        aside = self._path.with_name(f"{self._path.name}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
-        self._path.replace(aside)
-        for suffix in ("-wal", "-shm"):
-            self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
-        self._set_aside = aside.name
-        log.warning("cache file is damaged and was set aside: %s", error, extra={"set_aside": str(aside)})
-        for old in sorted(self._path.parent.glob(f"{self._path.name}.damaged-*"))[:-KEPT_DAMAGED]:
-            old.unlink(missing_ok=True)
 
     def _load(self, connection: sqlite3.Connection, table: str, oldest_wall: float) -> Sequence[Row]:
         rows = connection.execute(
@@ -341,27 +299,6 @@ class CacheFile:
                 )
                 if oldest_wall is not None:
                     connection.execute(f"DELETE FROM {table} WHERE created_wall < ?", (oldest_wall,))  # noqa: S608
-
-
-def _words(error: sqlite3.Error | OSError, path: Path) -> str:
-    """What is wrong, in the system's words where SQLite has its own for several causes. No connection is open."""
-    if isinstance(error, OSError):
-        return f"{error.strerror or error}{'' if error.filename is None else f': {error.filename}'}"
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    number = 0
-    with contextlib.suppress(OSError):
-        system = os.statvfs(path.parent)
-        free = system.f_bavail * system.f_frsize
-        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
-            number = errno.ENOSPC if free < SPACE_NEEDED or (system.f_files and not system.f_favail) else 0
-        if not number and code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
-            number = errno.EROFS if system.f_flag & os.ST_RDONLY else 0
-    if not number and code == sqlite3.SQLITE_CANTOPEN:
-        try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
-        except OSError as cause:
-            number = cause.errno or 0
-    return os.strerror(number) if number else str(error)
 
 
 def _crc(row: tuple[Any, ...]) -> int:

@@ -156,7 +156,7 @@ def test_only_a_few_damaged_files_are_kept(tmp_path: Path) -> None:
         (tmp_path / f"cache.sqlite.damaged-2024010{n}T000000Z").write_bytes(b"")
     path.write_bytes(b"garbage" * 1000)
     opened(path, ManualClock()).close()
-    assert len(list(tmp_path.glob("*.damaged-*"))) == cache_file.KEPT_DAMAGED
+    assert len(list(tmp_path.glob("*.damaged-*"))) == sqlite_file.KEPT_DAMAGED
 
 
 def test_a_place_that_cannot_be_written_is_reported_not_raised(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_the_system_says_what_sqlite_does_not(
     error = sqlite3.OperationalError(text)
     error.sqlite_errorcode = code
     (tmp_path / "cache.sqlite").mkdir()
-    assert cache_file._words(error, tmp_path / "cache.sqlite").startswith(says)
+    assert sqlite_file.words(error, tmp_path / "cache.sqlite").startswith(says)
 
 
 def test_a_second_daemon_runs_without_the_file_until_the_first_has_gone(tmp_path: Path) -> None:

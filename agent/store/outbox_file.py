@@ -1,0 +1,315 @@
+"""The outbox's file: SQLite with a write-ahead log, synced at every commit. One thread writes, another may read.
+
+Each batch of changes is one transaction. Rows carry a checksum, as SQLite checks its own structure only. Ages are
+counted in running time of the daemon, which is stored with every commit: no wall clock takes part.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+from agent.config import OutboxSection
+from agent.core.errors import OutboxFull
+from agent.store.sqlite_file import BUSY_S, check
+
+SCHEMA_VERSION = 1
+ROW_BYTES = 160
+"""Counted for each row on top of what it holds: its columns, and its places in the indexes."""
+REMEMBERED_PER_ROW = 4
+"""Keys remembered for each row that the outbox may hold, so that a repeat is known after its item was delivered."""
+PURGE_ROWS = 1000
+"""Remembered keys looked at in one purge."""
+
+Step: TypeAlias = Callable[[str], None]
+
+
+class Item(NamedTuple):
+    """What is to be kept. `head` says what is to be done with `body`; the outbox reads neither.
+
+    `key`: how a repeat of it is known, for this producer; None: it is never one. `repeat` False says that it cannot be
+    a repeat, whatever is remembered of the key.
+    """
+
+    route: str
+    producer: str
+    id: str
+    head: bytes
+    body: bytes
+    key: str | None = None
+    repeat: bool = True
+
+    @property
+    def size(self) -> int:
+        return ROW_BYTES + len(self.head) + len(self.body)
+
+
+class Stored(NamedTuple):
+    """An item in its place. `created` is in running time. `whole`: its checksum is right."""
+
+    seq: int
+    route: str
+    producer: str
+    id: str
+    head: bytes
+    body: bytes
+    created: float
+    whole: bool
+
+    @property
+    def size(self) -> int:
+        return ROW_BYTES + len(self.head) + len(self.body)
+
+
+class Receipt(NamedTuple):
+    """`seqs` are where the items are, in their order. `id` is the one under which it was first stored, `duplicate`
+    says that this was before. Empty and no duplicate: what was to be replaced is there no more, so nothing was stored.
+    """
+
+    seqs: tuple[int, ...]
+    id: str
+    duplicate: bool = False
+
+
+@dataclass(slots=True)
+class Put:
+    """Store items, all or none of them. `replaces`: in place of that row, whose key the first item inherits."""
+
+    items: Sequence[Item]
+    replaces: int | None = None
+
+
+@dataclass(slots=True)
+class Remove:
+    """Delete a row. `why` is counted: `delivered`, `undeliverable`, `damaged`."""
+
+    seq: int
+    why: str
+
+
+@dataclass(slots=True)
+class Expire:
+    """Delete rows of a route that were created before `before`, at most `limit` of them."""
+
+    route: str
+    before: float
+    limit: int = 1000
+
+
+Change: TypeAlias = Put | Remove | Expire
+Outcome: TypeAlias = Receipt | OutboxFull | None
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the file holds, by route, and what has happened to it."""
+
+    rows: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
+    events: Counter[str] = field(default_factory=Counter)
+
+    def copy(self) -> Tally:
+        return Tally(self.rows.copy(), self.bytes.copy(), self.events.copy())
+
+
+class OutboxFile:
+    """`first_seq` keeps numbers of a file that was set aside from being used again. Raises `sqlite3.Error`."""
+
+    def __init__(self, path: Path, settings: OutboxSection, step: Step, *, first_seq: int, checked: bool) -> None:
+        self._settings = settings
+        self._step = step
+        self._connection = sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False, isolation_level=None)
+        try:
+            if not checked:
+                check(self._connection, SCHEMA_VERSION)
+            self._prepare(first_seq)
+            self.tally = Tally()
+            for route, rows, size in self._connection.execute("SELECT route, rows, bytes FROM totals"):
+                self.tally.rows[route], self.tally.bytes[route] = rows, size
+            (self.running_s,) = self._connection.execute("SELECT running_s FROM clock").fetchone()
+            (self.highest,) = self._connection.execute("SELECT seq FROM sqlite_sequence WHERE name='items'").fetchone()
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def _prepare(self, first_seq: int) -> None:
+        run = self._connection.execute
+        run("PRAGMA journal_mode = WAL")
+        run("PRAGMA synchronous = FULL")
+        run("BEGIN IMMEDIATE")
+        run(
+            "CREATE TABLE IF NOT EXISTS items (seq INTEGER PRIMARY KEY AUTOINCREMENT, route TEXT NOT NULL, producer"
+            " TEXT NOT NULL, id TEXT NOT NULL, created REAL NOT NULL, known INTEGER, crc INTEGER NOT NULL,"
+            " head BLOB NOT NULL, body BLOB NOT NULL)"
+        )
+        run("CREATE INDEX IF NOT EXISTS items_route ON items (route)")
+        run(
+            "CREATE TABLE IF NOT EXISTS known (n INTEGER PRIMARY KEY AUTOINCREMENT, producer TEXT NOT NULL,"
+            " key TEXT NOT NULL, id TEXT NOT NULL, created REAL NOT NULL, UNIQUE (producer, key))"
+        )
+        run("CREATE TABLE IF NOT EXISTS totals (route TEXT PRIMARY KEY, rows INTEGER NOT NULL, bytes INTEGER NOT NULL)")
+        run("CREATE TABLE IF NOT EXISTS clock (running_s REAL NOT NULL)")
+        if run("SELECT 1 FROM clock").fetchone() is None:
+            run("INSERT INTO clock VALUES (0)")
+            run("INSERT INTO sqlite_sequence (name, seq) VALUES ('items', ?)", (first_seq,))
+        run(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        run("COMMIT")
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def apply(self, changes: Iterable[Change], running_s: float) -> list[Outcome]:
+        """One transaction for all. When this returns, they are on the disk. Raises `sqlite3.Error`: none of them is."""
+        run = self._connection.execute
+        before, self.tally = self.tally, self.tally.copy()
+        highest = self.highest
+        try:
+            run("BEGIN IMMEDIATE")
+            self._step("begun")
+            outcomes = [self._change(change, running_s) for change in changes]
+            run("UPDATE clock SET running_s = ?", (running_s,))
+            for route, rows in self.tally.rows.items():
+                if (rows, self.tally.bytes[route]) != (before.rows[route], before.bytes[route]):
+                    run("INSERT OR REPLACE INTO totals VALUES (?, ?, ?)", (route, rows, self.tally.bytes[route]))
+            self._step("written")
+            run("COMMIT")
+        except BaseException:
+            self.tally, self.highest = before, highest
+            raise
+        self._step("committed")
+        self.running_s = running_s
+        return outcomes
+
+    def _change(self, change: Change, running_s: float) -> Outcome:
+        if isinstance(change, Put):
+            return self._put(change, running_s)
+        if isinstance(change, Remove):
+            self._delete("seq = ?", (change.seq,), change.why, forget=change.why != "delivered")
+        else:
+            where = "seq IN (SELECT seq FROM items WHERE route = ? AND created < ? ORDER BY seq LIMIT ?)"
+            self._delete(where, (change.route, change.before, change.limit), "expired", forget=True)
+        return None
+
+    def _put(self, put: Put, running_s: float) -> Outcome:
+        known: int | None = None
+        if put.replaces is not None:
+            gone = self._delete("seq = ?", (put.replaces,), "answered")
+            if not gone:
+                return Receipt((), put.items[0].id)
+            known = gone[0]
+        else:
+            before = self._known(put.items[0])
+            if before is not None:
+                self.tally.events["duplicate"] += 1
+                return Receipt((), before, True)
+            refusal = self._make_room(put.items)
+            if refusal is not None:
+                self.tally.events["refused"] += 1
+                return refusal
+            known = self._remember(put.items[0], running_s)
+            self.tally.events["accepted"] += 1
+        seqs = []
+        for item in put.items:
+            seqs.append(self._insert(item, running_s, known))
+            known = None
+            self._step("inserted")
+        return Receipt(tuple(seqs), put.items[0].id)
+
+    def _insert(self, item: Item, running_s: float, known: int | None) -> int:
+        row = (item.route, item.producer, item.id, running_s, known, _crc(item, running_s), item.head, item.body)
+        cursor = self._connection.execute(
+            "INSERT INTO items (route, producer, id, created, known, crc, head, body) VALUES (?,?,?,?,?,?,?,?)", row
+        )
+        assert cursor.lastrowid is not None
+        self.highest = cursor.lastrowid
+        self.tally.rows[item.route] += 1
+        self.tally.bytes[item.route] += item.size
+        return cursor.lastrowid
+
+    def _delete(self, where: str, values: Sequence[object], why: str, *, forget: bool = False) -> list[int | None]:
+        """What they were known by. `forget`: they were not delivered, so that a repeat is to be taken again."""
+        rows = self._connection.execute(
+            f"DELETE FROM items WHERE {where} RETURNING route, length(head) + length(body), known",  # noqa: S608
+            values,
+        ).fetchall()
+        for route, size, known in rows:
+            self.tally.rows[route] -= 1
+            self.tally.bytes[route] -= ROW_BYTES + size
+            self.tally.events[why] += 1
+            if forget and known is not None:
+                self._connection.execute("DELETE FROM known WHERE n = ?", (known,))
+        return [known for *_, known in rows]
+
+    def _make_room(self, items: Sequence[Item]) -> OutboxFull | None:
+        """None: there is room now, by the policy."""
+        settings, size = self._settings, sum(item.size for item in items)
+        if size > settings.max_bytes or len(items) > settings.max_rows:
+            return OutboxFull(f"{size} bytes are more than the outbox may hold ({settings.max_bytes})")
+        while (
+            self.tally.rows.total() + len(items) > settings.max_rows
+            or self.tally.bytes.total() + size > settings.max_bytes
+        ):
+            if settings.full == "reject":
+                held = f"{self.tally.rows.total()} items of {self.tally.bytes.total()} bytes"
+                return OutboxFull(f"the outbox is full: it holds {held}", retry_after_s=10.0)
+            if not self._delete("seq = (SELECT MIN(seq) FROM items)", (), "dropped", forget=True):
+                break
+        return None
+
+    def _known(self, item: Item) -> str | None:
+        """The id under which it was stored before."""
+        if item.key is None or not item.repeat:
+            return None
+        found = self._connection.execute(
+            "SELECT id FROM known WHERE producer = ? AND key = ?", (item.producer, item.key)
+        ).fetchone()
+        return None if found is None else str(found[0])
+
+    def _remember(self, item: Item, running_s: float) -> int | None:
+        if item.key is None:
+            return None
+        cursor = self._connection.execute(
+            "INSERT OR REPLACE INTO known (producer, key, id, created) VALUES (?, ?, ?, ?)",
+            (item.producer, item.key, item.id, running_s),
+        )
+        n = cursor.lastrowid
+        if n is not None and n % 64 == 0:
+            self._forget_old(n, running_s)
+        return n
+
+    def _forget_old(self, newest: int, running_s: float) -> None:
+        """Keys are remembered twice as long as an item may live, and in a bounded number."""
+        self._connection.execute(
+            "DELETE FROM known WHERE n <= ? OR n IN (SELECT n FROM known ORDER BY n LIMIT ?) AND created < ?",
+            (
+                newest - REMEMBERED_PER_ROW * self._settings.max_rows,
+                PURGE_ROWS,
+                running_s - 2 * self._settings.max_age_s,
+            ),
+        )
+
+
+def page(connection: sqlite3.Connection, route: str, after: int, rows: int, max_bytes: int) -> list[Stored]:
+    """The next items of a route, oldest first: at most `rows`, and not many more than `max_bytes`."""
+    found, size = [], 0
+    for seq, producer, id_, created, crc, head, body in connection.execute(
+        "SELECT seq, producer, id, created, crc, head, body FROM items"
+        " WHERE route = ? AND seq > ? ORDER BY seq LIMIT ?",
+        (route, after, rows),
+    ):
+        whole = crc == _crc(Item(route, producer, id_, head, body), created)
+        found.append(Stored(seq, route, producer, id_, head, body, created, whole))
+        size += found[-1].size
+        if size >= max_bytes:
+            break
+    return found
+
+
+def _crc(item: Item, created: float) -> int:
+    named = repr((item.route, item.producer, item.id, created)).encode()
+    return zlib.crc32(item.body, zlib.crc32(item.head, zlib.crc32(named)))
