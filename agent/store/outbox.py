@@ -134,6 +134,8 @@ class Outbox:
                 if self._reader is None:
                     self._reader = sqlite3.connect(self._path, timeout=BUSY_S, check_same_thread=False)
                     self._reader.execute("PRAGMA query_only = TRUE")
+                    # A damaged row must not keep the others from being read; its checksum shows it.
+                    self._reader.text_factory = lambda text: text.decode(errors="replace")
                 return page(self._reader, route, after, rows, max_bytes)
             except sqlite3.Error as error:
                 self._close_reader()

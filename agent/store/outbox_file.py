@@ -298,8 +298,8 @@ def page(connection: sqlite3.Connection, route: str, after: int, rows: int, max_
     """The next items of a route, oldest first: at most `rows`, and not many more than `max_bytes`."""
     found, size = [], 0
     for seq, producer, id_, created, crc, head, body in connection.execute(
-        "SELECT seq, producer, id, created, crc, head, body FROM items"
-        " WHERE route = ? AND seq > ? ORDER BY seq LIMIT ?",
+        "SELECT seq, producer, id, created, crc, COALESCE(CAST(head AS BLOB), x''), COALESCE(CAST(body AS BLOB), x'')"
+        " FROM items WHERE route = ? AND seq > ? ORDER BY seq LIMIT ?",
         (route, after, rows),
     ):
         whole = crc == _crc(Item(route, producer, id_, head, body), created)
