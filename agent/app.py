@@ -17,6 +17,8 @@ from agent.config_load import load_config
 from agent.core.clock import Clock, SystemClock
 from agent.core.errors import ConfigError, InferenceError, LinkError
 from agent.core.types import AccuracyMode, InferenceRequest, InferenceResult
+from agent.durable.desk import Desk, no_outbox
+from agent.ingress.durable import DurableDoor
 from agent.ingress.http import create_app
 from agent.ingress.http_server import HttpServer
 from agent.ingress.mqtt import MqttDoor
@@ -133,6 +135,7 @@ class App:
         self.admission = Admission(catalog, config.routing, clock, slowest_ms / 1e3, mode)
         self.http = HttpServer(create_app(self, self.metrics, config.http, self.recent), config.http)
         self.mqtt = self._mqtt_door() if config.mqtt.enabled else None
+        self.desk = self._desk() if config.outbox.enabled else None
         self.metrics.watch(self.status)
         self.accuracies.listeners.append(self._show_drift)
         self._lag_s = 0.0
@@ -143,17 +146,31 @@ class App:
         return MqttDoor(
             self,
             config.mqtt,
-            config.sensors,
+            {topic: sensor for topic, sensor in config.sensors.items() if not sensor.durable},
             config.gateway.id,
             self.metrics,
             self._clock,
             status_interval_s=config.monitoring.status_interval_s,
         )
 
+    def _desk(self) -> Desk:
+        """Durable delivery, with its door."""
+        config = self._config
+        desk = Desk(config, config.gateway.state_dir / "outbox", self.infer, self._catalog, self._clock)
+        durable = {topic: sensor for topic, sensor in config.sensors.items() if sensor.durable}
+        desk.door = DurableDoor(self, desk, config.mqtt, durable, config.gateway.id, self.metrics)
+        self.pipeline.listeners.append(desk.forward)
+        return desk
+
     # What the doors need: ingress.base.Core.
 
     async def infer(self, request: InferenceRequest) -> InferenceResult:
         return await self.pipeline.infer(request)
+
+    async def accept(self, request: InferenceRequest) -> Mapping[str, Any]:
+        if self.desk is None:
+            raise no_outbox()
+        return await self.desk.accept_told(request)
 
     def ready(self) -> tuple[bool, str]:
         if self._stopping.is_set():
@@ -178,6 +195,7 @@ class App:
             "budgets": [] if self.budget is None else self.budget.left(self._clock.monotonic()),
             "overload": self.pipeline.queue.status(),
             "cache": self.cache.stats(),
+            "outbox": None if self.desk is None else self.desk.status(),
             "counters": self.metrics.counters(),
             "recorder": None if self.trace is None else self.trace.status(),
             "doors": {
@@ -247,6 +265,8 @@ class App:
         if self.mqtt:
             await self.mqtt.start()
             self.supervisor.watch("mqtt", lambda: self.mqtt is not None and self.mqtt.alive)
+        if self.desk:
+            await self.desk.start(self.supervisor)
         for target in self.targets:
             self.supervisor.watch(target.traits.name, target.alive)
 
@@ -257,10 +277,14 @@ class App:
         closing = [self.http.stop(drain_s)] if self._config.http.enabled else []
         if self.mqtt:
             closing.append(self.mqtt.close_door())
+        if self.desk:
+            closing.append(self.desk.close_door())
         closed = asyncio.gather(*closing)
         if not await self.pipeline.drained(drain_s):
             log.warning("stopped with requests in flight", extra={"in_flight": self.pipeline.in_flight})
         await closed
+        if self.desk:
+            await self.desk.stop(drain_s)
         if self.mqtt:
             await self.mqtt.stop()
         await self.supervisor.stop()

@@ -175,4 +175,13 @@ class Config(DurableSections):
             raise ValueError("no door is open: enable http or mqtt")
         if self.sensors and not self.mqtt.enabled:
             raise ValueError("sensors need mqtt.enabled: true")
+        if self.outbox.enabled and not self.mqtt.enabled:
+            raise ValueError("outbox needs mqtt.enabled: true: results are delivered there")
+        if self.uplink.lane is not None and self.uplink.lane not in [lane.name for lane in self.cloud.lanes]:
+            raise ValueError(f"uplink.lane {self.uplink.lane!r} is none of cloud.lanes")
+        for topic, sensor in self.sensors.items():
+            if sensor.durable and not self.outbox.enabled:
+                raise ValueError(f"sensors.{topic}.durable needs outbox.enabled: true")
+            if sensor.uplink and self.uplink.lane is None:
+                raise ValueError(f"sensors.{topic}.uplink needs uplink.lane")
         return self

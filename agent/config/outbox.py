@@ -34,10 +34,8 @@ class OutboxSection(Section):
     """Durable requests that are being answered at once, one of each producer."""
     drain_per_s: float = Field(default=1000, gt=0, le=1_000_000)
     """Messages handed to a broker in a second, and requests begun, each."""
-    attempt_ms: float = Field(default=30_000, gt=0, le=3_600_000)
-    """How long one try to answer a durable request may take."""
-    retry_max_s: float = Field(default=60, gt=0, le=3600)
-    """The longest wait between two tries."""
+    retry_max_s: float = Field(default=30, gt=0, le=3600)
+    """The longest wait between two tries of one producer's request."""
     session_expiry_s: int = Field(default=86_400, ge=1, le=0xFFFF_FFFE)
     """How long the gateway's broker keeps durable requests while the daemon is away."""
 

@@ -170,6 +170,9 @@ class MqttDoor:
             return
         try:
             request = self._request(message, model)
+            if request.durable:
+                elsewhere = f"durable requests go to {self._prefix}/durable/{model}"
+                raise InvalidRequest(f"delivery: {elsewhere}", field="delivery")
         except InferenceError as error:
             self._refuse(back, error)
         except Exception:

@@ -41,6 +41,7 @@ _KEYS = frozenset(
         "explain",
         "shadow",
         "metadata",
+        "delivery",
     }
 )
 
@@ -144,7 +145,8 @@ class Admission:
         received: float | None,
     ) -> InferenceRequest:
         received = self._clock.monotonic() if received is None else received
-        latency_class, budget_s = self._deadline(options)
+        durable = _durable(options)
+        latency_class, budget_s = self._deadline(options, durable=durable)
         variant = _text(options, "variant")
         if variant is not None and variant not in family.variants:
             known = ", ".join(sorted(family.variants))
@@ -169,12 +171,14 @@ class Admission:
             explain=_boolean(options, "explain", False),
             shadow=_boolean(options, "shadow", True),
             metadata=_metadata(options),
+            durable=durable,
             notes=notes,
             out_of_range=bool(notes),
         )
 
-    def _deadline(self, options: Mapping[str, Any]) -> tuple[LatencyClass, float]:
-        """Class and seconds: an explicit deadline sets the class, unless both are given."""
+    def _deadline(self, options: Mapping[str, Any], *, durable: bool) -> tuple[LatencyClass, float]:
+        """Class and seconds: an explicit deadline sets the class, unless both are given. Durable requests are batch,
+        and their deadline is that of one try."""
         deadline_ms = _milliseconds(options, "deadline_ms")
         named = _text(options, "latency_class")
         if named is not None:
@@ -182,10 +186,14 @@ class Admission:
                 latency_class = LatencyClass(named)
             except ValueError:
                 _refuse("latency_class", f"must be one of {[c.value for c in LatencyClass]}, found {named[:32]!r}")
+        elif durable:
+            latency_class = LatencyClass.BATCH
         elif deadline_ms is not None:
             latency_class = class_of(deadline_ms, self._limits)
         else:
             latency_class = LatencyClass.INTERACTIVE
+        if durable and latency_class is not LatencyClass.BATCH:
+            _refuse("latency_class", f"must be batch for a durable request, found {latency_class.value}")
         return latency_class, self._deadlines_s[latency_class] if deadline_ms is None else deadline_ms / 1e3
 
 
@@ -280,6 +288,13 @@ def _accuracy(options: Mapping[str, Any], default: AccuracyMode) -> AccuracyMode
         return AccuracyMode(value)
     except ValueError:
         _refuse("accuracy", f"must be one of {[mode.value for mode in AccuracyMode]}, found {_shown(value)}")
+
+
+def _durable(options: Mapping[str, Any]) -> bool:
+    value = options.get("delivery")
+    if value not in (None, "now", "durable"):
+        _refuse("delivery", f"must be now or durable, found {_shown(value)}")
+    return value == "durable"
 
 
 def _regions(options: Mapping[str, Any]) -> frozenset[str]:

@@ -15,8 +15,9 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from agent.config import OutboxSection
 from agent.core.clock import Clock
@@ -33,6 +34,7 @@ from agent.store.outbox_file import (
     Step,
     Stored,
     page,
+    producers,
 )
 from agent.store.sqlite_file import BUSY_S, FolderLock, is_damage, put_aside, words
 
@@ -42,7 +44,11 @@ log = logging.getLogger(__name__)
 
 Result: TypeAlias = Receipt | InferenceError
 Done: TypeAlias = Callable[[Result], None]
+Fresh: TypeAlias = AbstractSet[tuple[str, str]]
+"""Pairs of route and producer."""
 Told: TypeAlias = list[tuple[Done, Result]]
+
+T = TypeVar("T")
 
 BATCH = 1024
 """Changes in one transaction."""
@@ -58,7 +64,8 @@ class _Waiting(NamedTuple):
 
 class Outbox:
     """`deliver` hands a list of callbacks and their results to where they are to be called; by default the thread calls
-    them itself. `stored` is called the same way with the routes that have something new. `step` is told each step of
+    them itself. `stored` is called the same way with who has something new where, and with None when the file was
+    opened, so that anybody may. `step` is told each step of
     an item's life, for tests that end the process there."""
 
     def __init__(
@@ -75,8 +82,9 @@ class Outbox:
         self._clock = clock
         self._deliver = deliver
         self._step = step
-        self.stored: Callable[[frozenset[str]], None] = lambda routes: None
+        self.stored: Callable[[Fresh | None], None] = lambda fresh: None
         self._queue: deque[_Waiting] = deque()
+        self._leaving: set[int] = set()
         self._puts = 0
         self._changed = threading.Condition()
         self._closing = False
@@ -118,15 +126,30 @@ class Outbox:
             done(refusal)
 
     def remove(self, seq: int, why: str) -> None:
-        """Have a row deleted with the next commit. If that one fails, with one after it."""
+        """Have a row deleted with the next commit, or with one after it if that fails. `page` shows it no more."""
+        self._leaving.add(seq)
         self._also(Remove(seq, why))
 
-    def expire(self, route: str) -> None:
-        """Have rows of a route deleted that are older than `max_age_s`."""
-        self._also(Expire(route, self.running_s() - self._settings.max_age_s))
+    def expire(self, but: str) -> None:
+        """Have rows deleted that are older than `max_age_s`, of every route but one."""
+        for route, rows in self._rows.items():
+            if rows and route != but:
+                self._also(Expire(route, self.running_s() - self._settings.max_age_s))
 
-    def page(self, route: str, after: int, rows: int, max_bytes: int = 4 << 20) -> list[Stored]:
-        """The next items of a route, oldest first. Blocking. Raises `NotStored` while the file cannot be read."""
+    def page(
+        self, route: str, after: int, rows: int, max_bytes: int = 4 << 20, producer: str | None = None
+    ) -> list[Stored]:
+        """The next items of a route, or of one producer on it, oldest first. Blocking. Raises `NotStored` while the
+        file cannot be read."""
+        leaving = self._leaving.copy()
+        found = self._read(lambda reader: page(reader, route, after, rows, max_bytes, producer))
+        return [stored for stored in found if stored.seq not in leaving]
+
+    def producers(self, route: str) -> list[str]:
+        """Everybody who has an item on the route. Blocking. Raises as `page` does."""
+        return self._read(lambda reader: producers(reader, route))
+
+    def _read(self, read: Callable[[sqlite3.Connection], list[T]]) -> list[T]:
         with self._reading:
             try:
                 if not self.ready:
@@ -136,7 +159,7 @@ class Outbox:
                     self._reader.execute("PRAGMA query_only = TRUE")
                     # A damaged row must not keep the others from being read; its checksum shows it.
                     self._reader.text_factory = lambda text: text.decode(errors="replace")
-                return page(self._reader, route, after, rows, max_bytes)
+                return read(self._reader)
             except sqlite3.Error as error:
                 self._close_reader()
                 self._suspect = is_damage(error)
@@ -261,17 +284,18 @@ class Outbox:
             return False
         self._publish_tally()
         told: Told = []
-        routes: set[str] = set()
+        fresh: set[tuple[str, str]] = set()
         for waiting, outcome in zip(batch, outcomes, strict=True):
-            if waiting.done is not None:
+            if isinstance(waiting.change, Remove):
+                self._leaving.discard(waiting.change.seq)
+            elif waiting.done is not None:
                 told.append((waiting.done, _result(outcome)))
                 assert isinstance(waiting.change, Put)
                 if isinstance(outcome, Receipt) and outcome.seqs:
-                    routes.update(item.route for item in waiting.change.items)
+                    fresh.update((item.route, item.producer) for item in waiting.change.items)
         self._tell(told)
         self._step("told")
-        if routes:
-            fresh = frozenset(routes)
+        if fresh:
             self._deliver(lambda: self.stored(fresh))
         return True
 
@@ -312,8 +336,7 @@ class Outbox:
             log.info("outbox open", extra={"path": str(self._path), "rows": file.tally.rows.total()})
         self._file, self._error = file, None
         self._publish_tally()
-        routes = frozenset(route for route, count in self._rows.items() if count)
-        self._deliver(lambda: self.stored(routes))
+        self._deliver(lambda: self.stored(None))
 
     def _new_file(self) -> OutboxFile:
         return OutboxFile(self._path, self._settings, self._step, first_seq=self._highest, checked=self._checked)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from agent.config import OutboxSection
-from agent.core.errors import OutboxFull
+from agent.core.errors import InvalidRequest, OutboxFull
 from agent.store.sqlite_file import BUSY_S, check
 
 SCHEMA_VERSION = 1
@@ -43,6 +43,8 @@ class Item(NamedTuple):
     body: bytes
     key: str | None = None
     repeat: bool = True
+    question: bytes = b""
+    """What was asked under the key, in short: another question under the same key is refused."""
 
     @property
     def size(self) -> int:
@@ -102,7 +104,7 @@ class Expire:
 
 
 Change: TypeAlias = Put | Remove | Expire
-Outcome: TypeAlias = Receipt | OutboxFull | None
+Outcome: TypeAlias = Receipt | OutboxFull | InvalidRequest | None
 
 
 @dataclass(slots=True)
@@ -148,9 +150,11 @@ class OutboxFile:
             " head BLOB NOT NULL, body BLOB NOT NULL)"
         )
         run("CREATE INDEX IF NOT EXISTS items_route ON items (route)")
+        run("CREATE INDEX IF NOT EXISTS items_producer ON items (route, producer)")
         run(
             "CREATE TABLE IF NOT EXISTS known (n INTEGER PRIMARY KEY AUTOINCREMENT, producer TEXT NOT NULL,"
-            " key TEXT NOT NULL, id TEXT NOT NULL, created REAL NOT NULL, UNIQUE (producer, key))"
+            " key TEXT NOT NULL, id TEXT NOT NULL, question BLOB NOT NULL, created REAL NOT NULL,"
+            " UNIQUE (producer, key))"
         )
         run("CREATE TABLE IF NOT EXISTS totals (route TEXT PRIMARY KEY, rows INTEGER NOT NULL, bytes INTEGER NOT NULL)")
         run("CREATE TABLE IF NOT EXISTS clock (running_s REAL NOT NULL)")
@@ -191,8 +195,7 @@ class OutboxFile:
         if isinstance(change, Remove):
             self._delete("seq = ?", (change.seq,), change.why, forget=change.why != "delivered")
         else:
-            where = "seq IN (SELECT seq FROM items WHERE route = ? AND created < ? ORDER BY seq LIMIT ?)"
-            self._delete(where, (change.route, change.before, change.limit), "expired", forget=True)
+            self._expire(change)
         return None
 
     def _put(self, put: Put, running_s: float) -> Outcome:
@@ -204,6 +207,8 @@ class OutboxFile:
             known = gone[0]
         else:
             before = self._known(put.items[0])
+            if isinstance(before, InvalidRequest):
+                return before
             if before is not None:
                 self.tally.events["duplicate"] += 1
                 return Receipt((), before, True)
@@ -245,6 +250,16 @@ class OutboxFile:
                 self._connection.execute("DELETE FROM known WHERE n = ?", (known,))
         return [known for *_, known in rows]
 
+    def _expire(self, expire: Expire) -> None:
+        # Later rows are younger: what comes before the first that is young enough is too old.
+        young = self._connection.execute(
+            "SELECT seq FROM items INDEXED BY items_route WHERE route = ? AND created >= ? ORDER BY seq LIMIT 1",
+            (expire.route, expire.before),
+        ).fetchone()
+        where = "seq IN (SELECT seq FROM items INDEXED BY items_route WHERE route = ? AND seq < ? ORDER BY seq LIMIT ?)"
+        values = (expire.route, young[0] if young is not None else self.highest + 1, expire.limit)
+        self._delete(where, values, "expired", forget=True)
+
     def _make_room(self, items: Sequence[Item]) -> OutboxFull | None:
         """None: there is room now, by the policy."""
         settings, size = self._settings, sum(item.size for item in items)
@@ -261,21 +276,23 @@ class OutboxFile:
                 break
         return None
 
-    def _known(self, item: Item) -> str | None:
+    def _known(self, item: Item) -> str | InvalidRequest | None:
         """The id under which it was stored before."""
         if item.key is None or not item.repeat:
             return None
         found = self._connection.execute(
-            "SELECT id FROM known WHERE producer = ? AND key = ?", (item.producer, item.key)
+            "SELECT id, question FROM known WHERE producer = ? AND key = ?", (item.producer, item.key)
         ).fetchone()
+        if found is not None and found[1] != item.question:
+            return InvalidRequest("idempotency_key: was used for another question before", field="idempotency_key")
         return None if found is None else str(found[0])
 
     def _remember(self, item: Item, running_s: float) -> int | None:
         if item.key is None:
             return None
         cursor = self._connection.execute(
-            "INSERT OR REPLACE INTO known (producer, key, id, created) VALUES (?, ?, ?, ?)",
-            (item.producer, item.key, item.id, running_s),
+            "INSERT OR REPLACE INTO known (producer, key, id, question, created) VALUES (?, ?, ?, ?, ?)",
+            (item.producer, item.key, item.id, item.question, running_s),
         )
         n = cursor.lastrowid
         if n is not None and n % 64 == 0:
@@ -294,20 +311,36 @@ class OutboxFile:
         )
 
 
-def page(connection: sqlite3.Connection, route: str, after: int, rows: int, max_bytes: int) -> list[Stored]:
-    """The next items of a route, oldest first: at most `rows`, and not many more than `max_bytes`."""
+def page(
+    connection: sqlite3.Connection, route: str, after: int, rows: int, max_bytes: int, producer: str | None = None
+) -> list[Stored]:
+    """The next items of a route, or of one producer on it, oldest first: at most `rows`, and not many more than
+    `max_bytes`."""
     found, size = [], 0
-    for seq, producer, id_, created, crc, head, body in connection.execute(
-        "SELECT seq, producer, id, created, crc, COALESCE(CAST(head AS BLOB), x''), COALESCE(CAST(body AS BLOB), x'')"
-        " FROM items WHERE route = ? AND seq > ? ORDER BY seq LIMIT ?",
-        (route, after, rows),
+    # A single range of an index, whose entries end with seq: nothing is sorted, however much there is.
+    among = "items_route WHERE route = ?" if producer is None else "items_producer WHERE route = ? AND producer = ?"
+    for seq, name, id_, created, crc, head, body in connection.execute(
+        "SELECT seq, producer, id, created, crc, COALESCE(CAST(head AS BLOB), x''), COALESCE(CAST(body AS BLOB), x'')"  # noqa: S608
+        f" FROM items INDEXED BY {among} AND seq > ? ORDER BY seq LIMIT ?",
+        (route, *(() if producer is None else (producer,)), after, rows),
     ):
-        whole = crc == _crc(Item(route, producer, id_, head, body), created)
-        found.append(Stored(seq, route, producer, id_, head, body, created, whole))
+        whole = crc == _crc(Item(route, name, id_, head, body), created)
+        found.append(Stored(seq, route, name, id_, head, body, created, whole))
         size += found[-1].size
         if size >= max_bytes:
             break
     return found
+
+
+def producers(connection: sqlite3.Connection, route: str) -> list[str]:
+    """Everybody who has an item on the route. One step in the index for each, however many items they have."""
+    rows = connection.execute(
+        "WITH RECURSIVE each(name) AS (SELECT MIN(producer) FROM items WHERE route = ?1 UNION ALL"
+        " SELECT (SELECT MIN(producer) FROM items WHERE route = ?1 AND producer > name) FROM each"
+        " WHERE name IS NOT NULL) SELECT name FROM each WHERE name IS NOT NULL",
+        (route,),
+    )
+    return [name for (name,) in rows]
 
 
 def _crc(item: Item, created: float) -> int:

@@ -62,7 +62,7 @@ def run(folder: Path, numbers: Iterator[int], attempt: int, pipe: int, step: Cal
         window.release()
 
     fresh = threading.Event()
-    outbox.stored = lambda routes: fresh.set()
+    outbox.stored = lambda _: fresh.set()
     outbox.start()
     threading.Thread(target=_deliver, args=(outbox, fresh, say, step), daemon=True).start()
     for number in numbers:

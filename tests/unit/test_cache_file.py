@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from agent.core.clock import ManualClock
 from agent.core.types import Tier
-from agent.store import cache_file
+from agent.store import cache_file, sqlite_file
 from agent.store.cache import Freshness, ResultCache
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ import pytest
 
 from agent.config import OutboxSection
 from agent.core.clock import ManualClock
-from agent.core.errors import InferenceError, NotStored, OutboxFull
+from agent.core.errors import InferenceError, InvalidRequest, NotStored, OutboxFull
 from agent.store.outbox import Item, Outbox, Receipt
 from agent.store.outbox_file import ROW_BYTES
 
@@ -32,7 +32,7 @@ class Box:
         self.steps: Callable[[str], None] = lambda name: None
         section = OutboxSection(**{"enabled": True, "commit_wait_ms": 0, **settings})
         self.outbox = Outbox(self.path, section, self.clock, step=lambda name: self.steps(name))
-        self.fresh: queue.Queue[frozenset[str]] = queue.Queue()
+        self.fresh: queue.Queue[Any] = queue.Queue()
         self.outbox.stored = self.fresh.put
         self.outbox.start()
 
@@ -51,7 +51,7 @@ class Box:
 
     def settle(self) -> None:
         """Until what was asked before is done: a change after it is."""
-        receipt = self.put(item("settle", route="settle"))
+        receipt = self.put(item("settle", route="ask"))
         assert isinstance(receipt, Receipt)
 
     def close(self) -> None:
@@ -140,6 +140,24 @@ def test_a_repeat_is_known_after_delivery_and_after_a_restart(tmp_path: Path) ->
     box.close()
 
 
+def test_a_key_used_for_another_question_is_refused(box: Box) -> None:
+    box.put(item("a", key="k", question=b"1"))
+    refusal = box.put(item("b", key="k", question=b"2"))
+    assert isinstance(refusal, InvalidRequest)
+    assert refusal.field == "idempotency_key"
+    assert box.ids() == ["a"]
+
+
+def test_one_producer_among_many(box: Box) -> None:
+    for number in range(30):
+        box.put(item(str(number), producer=f"p{number % 3}"), item(f"o{number}", route="other", producer="o"))
+    assert box.outbox.producers("out") == ["p0", "p1", "p2"]
+    assert box.outbox.producers("nothing") == []
+    found = box.outbox.page("out", 0, 3, producer="p1")
+    assert [stored.id for stored in found] == ["1", "4", "7"]
+    assert box.outbox.page("out", found[-1].seq, 1, producer="p1")[0].id == "10"
+
+
 def test_what_cannot_be_a_repeat_is_stored(box: Box) -> None:
     box.put(item("a", key="k"))
     assert box.put(item("b", key="k", repeat=False)) == Receipt((2,), "b")
@@ -221,7 +239,7 @@ def test_age_is_running_time(tmp_path: Path) -> None:
     box.put(item("old", key="k"))
     for jump in (YEAR_S, -2 * YEAR_S):
         box.clock.jump(jump)
-        box.outbox.expire("out")
+        box.outbox.expire(but="ask")
         box.settle()
         assert box.ids() == ["old"]
     box.clock.advance(60)
@@ -231,7 +249,7 @@ def test_age_is_running_time(tmp_path: Path) -> None:
     box = Box(tmp_path, ManualClock(5.0, YEAR_S), max_age_s=100).opened()  # another boot, and another year
     assert box.outbox.age_s(box.outbox.page("out", 0, 1)[0]) == 60
     box.clock.advance(50)
-    box.outbox.expire("out")
+    box.outbox.expire(but="ask")
     box.settle()
     assert box.ids() == ["young"]
     assert box.outbox.stats()["events"]["expired"] == 1
