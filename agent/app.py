@@ -160,6 +160,9 @@ class App:
         durable = {topic: sensor for topic, sensor in config.sensors.items() if sensor.durable}
         desk.door = DurableDoor(self, desk, config.mqtt, durable, config.gateway.id, self.metrics)
         self.pipeline.listeners.append(desk.forward)
+        if self.mqtt:
+            keep = self.mqtt.keep
+            desk.alarm = lambda why: keep("alarms/outbox", {"alarm": "outbox", "active": bool(why), "reason": why})
         return desk
 
     # What the doors need: ingress.base.Core.

@@ -59,6 +59,8 @@ class Desk:
         self.outbox.stored = self._stored
         self._loop: asyncio.AbstractEventLoop | None = None
         self.door: Door | None = None
+        self.alarm: Callable[[str], None] = lambda trouble: None
+        """Called with what is wrong with the outbox, and with nothing when it is well."""
         self.link = MqttLink(
             link_options(
                 config.mqtt,
@@ -175,9 +177,16 @@ class Desk:
 
     async def _watch(self, component: Component) -> None:
         """What `/status`, the metrics and the retained status say of the outbox."""
+        shown: str | None = None
         while True:
             trouble = self.outbox.problem()
-            component.set(ComponentState.DEGRADED if trouble else ComponentState.UP, trouble)
+            if self.outbox.checking:
+                component.set(ComponentState.STARTING, trouble)
+            else:
+                component.set(ComponentState.DEGRADED if trouble else ComponentState.UP, trouble)
+                if trouble != shown:
+                    self.alarm(trouble)
+                    shown = trouble
             await asyncio.sleep(WATCH_S)
 
     @staticmethod

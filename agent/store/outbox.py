@@ -55,6 +55,20 @@ BATCH = 1024
 RETRY_S = 1.0
 """While the file cannot be used: between two tries."""
 CLOSE_S = 10.0
+CHECKING = "being checked"
+EVENTS = (
+    "accepted",
+    "duplicate",
+    "answered",
+    "delivered",
+    "refused",
+    "dropped",
+    "expired",
+    "undeliverable",
+    "damaged",
+    "failed",
+)
+"""What happens to items: together with the rows that are there, they account for every one that was accepted."""
 
 
 class _Waiting(NamedTuple):
@@ -99,8 +113,8 @@ class Outbox:
         self._opened_at = 0.0
         self._running_s = 0.0
         self._highest = 0
-        self._error: str | None = "being checked"
-        self._events: Counter[str] = Counter()
+        self._error: str | None = CHECKING
+        self._events: Counter[str] = Counter(dict.fromkeys(EVENTS, 0))
         self._rows: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
         self.set_aside: str | None = None
@@ -170,6 +184,11 @@ class Outbox:
     def ready(self) -> bool:
         """Whether the file is open."""
         return self._file is not None
+
+    @property
+    def checking(self) -> bool:
+        """Whether the file is being opened and checked for the first time."""
+        return self._error == CHECKING
 
     def rows(self, route: str) -> int:
         return self._rows[route]

@@ -195,10 +195,13 @@ def test_a_damaged_outbox_is_named(durable: Gateway) -> None:
     data[4096:12288] = b"\xa5" * 8192
     path.write_bytes(data)
     restart(durable)
+    aside = wait_until(lambda: outbox(durable)["set_aside"], "the damage found")
+    assert (path.parent / aside).exists()
+    listener = Client(durable.local_port, f"edge/{GATEWAY}/alarms/outbox")
+    wait_until(lambda: listener.messages and aside in json.loads(listener.messages[-1].payload)["reason"], "the alarm")
     components = {part["name"]: part for part in durable.get("/status")["components"]}
     assert components["outbox"]["state"] == "degraded"
-    aside = outbox(durable)["set_aside"]
     assert aside in components["outbox"]["reason"]
-    assert (path.parent / aside).exists()
+    listener.close()
     code, _ = durable.infer(**ask(durable, "after", delivery="durable"))
     assert code == 202

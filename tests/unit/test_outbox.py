@@ -185,7 +185,8 @@ def test_full_and_refused(tmp_path: Path) -> None:
     assert "holds 2 items" in refusal.message
     assert isinstance(asked, Receipt)
     assert isinstance(box.put(item("a"), item("a2"), replaces=asked.seqs[0]), Receipt)  # an answer is never refused
-    assert box.outbox.stats()["events"] == {"accepted": 2, "refused": 1, "answered": 1}
+    happened = {what: count for what, count in box.outbox.stats()["events"].items() if count}
+    assert happened == {"accepted": 2, "refused": 1, "answered": 1}
     box.close()
 
 
