@@ -106,6 +106,10 @@ class FallbackSection(Section):
     stale_ttl: float = Field(default=86_400, ge=0)
     """Seconds for which an answer may still be served, labelled stale, when nothing can be asked."""
 
+    write_bytes_per_day: int | None = Field(default=1 << 30, ge=1 << 20)
+    """What the cache's file may write to the disk, for the sake of SD cards; beyond it answers wait in memory for their
+    turn. None: no limit."""
+
     @model_validator(mode="after")
     def _order(self) -> Self:
         if self.stale_ttl < self.cache_ttl:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
+import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from agent.store.sqlite_file import BUSY_S, FolderLock, check, is_damage, put_aside, words
+from agent.store.write_budget import WriteBudget, written_by_thread, written_since
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +81,9 @@ class Answer(Protocol):
 class CacheFile:
     """Holds at most `limit` rows in each table. Rows are written by a thread of its own."""
 
-    def __init__(self, path: Path, limit: int) -> None:
+    def __init__(self, path: Path, limit: int, write_bytes_per_day: int | None = None) -> None:
         self._path = path
+        self._budget = WriteBudget(write_bytes_per_day, time.monotonic())
         self._limit = limit
         self._entries: dict[tuple[str, str, bytes], Answer] = {}
         self._last: dict[tuple[str, str], Answer] = {}
@@ -98,11 +101,16 @@ class CacheFile:
         self._error: str | None = None
         self._set_aside: str | None = None
 
-    def open(self, oldest_wall: float) -> tuple[Sequence[Row], Sequence[Row]]:
-        """Rows created since `oldest_wall`, oldest first, from both tables; then begin to write."""
+    def open(self, now: float, wall: float, boot: str, keep_s: float) -> tuple[Sequence[Row], Sequence[Row], float]:
+        """Rows of the last `keep_s`, oldest first, from both tables, and what to add to monotonic time to get the wall
+        time that ages are counted by; then begin to write. Of one boot of the machine that wall time is the first one
+        seen, so that no jump of the clock between two starts of the daemon changes an age."""
         tables: tuple[Sequence[Row], ...] = ((), ())
+        offset = wall - now
         try:
             connection = self._connect()
+            offset = _anchor(connection, boot, offset)
+            oldest_wall = now + offset - keep_s
             tables = tuple(self._load(connection, table, oldest_wall) for table in _TABLES)
             self._prune(connection, oldest_wall)
         except (sqlite3.Error, OSError) as error:
@@ -111,7 +119,7 @@ class CacheFile:
         self._counts["loaded"] = sum(map(len, tables))
         self._thread = threading.Thread(target=self._write_behind, name="cache-writer", daemon=True)
         self._thread.start()
-        return tables[0], tables[1]
+        return tables[0], tables[1], offset
 
     def put(self, key: tuple[str, str, bytes], last_key: tuple[str, str], answer: Answer) -> None:
         """Have the answer written, under its key and as the producer's last one."""
@@ -158,6 +166,8 @@ class CacheFile:
             "path": str(self._path),
             "pending": len(self._entries) + len(self._last),
             **self._counts,
+            "bytes_written": self._budget.written,
+            "bytes_per_day": self._budget.bytes_per_day,
             "error": self._error,
             "set_aside": self._set_aside,
         }
@@ -181,12 +191,16 @@ class CacheFile:
                     self._changed.wait_for(lambda: self._entries or self._closing)
                 wait_s = GATHER_S if self._error is None else RETRY_S
                 self._changed.wait_for(lambda: self._hurry or self._closing, wait_s)
+                while not (self._hurry or self._closing) and (wait_s := self._budget.wait_s(time.monotonic())):
+                    self._changed.wait_for(lambda: self._hurry or self._closing, wait_s)
                 entries, self._entries = self._entries, {}
                 last, self._last = self._last, {}
                 self._hurry = False
                 self._writing = True
                 closing = self._closing
+            before = written_by_thread()
             written = self._write(entries, last)
+            self._budget.spend(written_since(before, len(entries) + len(last)))
             with self._changed:
                 if not written:  # The newer answer to the same question is the one to keep.
                     self._entries = {**entries, **self._entries}
@@ -272,6 +286,7 @@ class CacheFile:
                         " PRIMARY KEY (scope, model, digest))"
                     )
                     connection.execute(f"CREATE INDEX IF NOT EXISTS {table}_age ON {table} (created_wall)")
+                connection.execute("CREATE TABLE IF NOT EXISTS anchor (boot TEXT NOT NULL, offset REAL NOT NULL)")
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         except BaseException:
             connection.close()
@@ -299,6 +314,17 @@ class CacheFile:
                 )
                 if oldest_wall is not None:
                     connection.execute(f"DELETE FROM {table} WHERE created_wall < ?", (oldest_wall,))  # noqa: S608
+
+
+def _anchor(connection: sqlite3.Connection, boot: str, offset: float) -> float:
+    """The offset of wall time to monotonic time that was stored in this boot of the machine, else this one."""
+    found = connection.execute("SELECT offset FROM anchor WHERE boot = ?", (boot,)).fetchone()
+    if found is not None and boot:
+        return float(found[0])
+    with connection:
+        connection.execute("DELETE FROM anchor")
+        connection.execute("INSERT INTO anchor VALUES (?, ?)", (boot, offset))
+    return offset
 
 
 def _crc(row: tuple[Any, ...]) -> int:
