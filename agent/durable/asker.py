@@ -143,7 +143,7 @@ class Asker:
 
     async def _find_all(self) -> None:
         try:
-            names = await asyncio.to_thread(self._outbox.producers, ASK)
+            names = await asyncio.to_thread(self._outbox.producers)
         except NotStored:
             return  # `stored(None)` comes when the file is there
         self._all = False

@@ -14,10 +14,10 @@ from agent.core.errors import InferenceError, InvalidRequest
 from agent.core.types import AccuracyMode, InferenceRequest, InferenceResult, LatencyClass
 from agent.registry.catalog import Catalog
 from agent.store.cache import cache_key, pack_tensors, unpack_tensors
-from agent.store.outbox import Item, Stored
+from agent.store.outbox import BY_PRODUCER, Item, Stored
 from agent.wire.mqtt_properties import MessageProperties
 
-ASK, LOCAL, UPLINK = "ask", "local", "uplink"
+ASK, LOCAL, UPLINK = BY_PRODUCER, "local", "uplink"
 """The routes: to be answered; to the gateway's own broker; to the uplink's."""
 
 IDEMPOTENCY_KEY = "idempotency-key"

@@ -18,7 +18,7 @@ from agent.config import OutboxSection
 from agent.core.clock import Clock
 from agent.core.errors import LinkError, NotStored
 from agent.durable.pace import Pace
-from agent.durable.records import ASK, message_of
+from agent.durable.records import message_of
 from agent.link.backoff import Backoff
 from agent.link.mqtt import LinkFull, LinkState, MessageTooLarge, MqttLink
 from agent.store.outbox import Outbox, Stored
@@ -229,4 +229,4 @@ class Sender:
         now = self._clock.monotonic()
         if now - self._expired_at >= HOUSEKEEPING_S:
             self._expired_at = now
-            self._outbox.expire(but=ASK)
+            self._outbox.expire()

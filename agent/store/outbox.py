@@ -23,6 +23,7 @@ from agent.config import OutboxSection
 from agent.core.clock import Clock
 from agent.core.errors import InferenceError, NotStored, OutboxFull
 from agent.store.outbox_file import (
+    BY_PRODUCER,
     Change,
     Expire,
     Item,
@@ -38,7 +39,7 @@ from agent.store.outbox_file import (
 )
 from agent.store.sqlite_file import BUSY_S, FolderLock, is_damage, put_aside, words
 
-__all__ = ["Expire", "Item", "Outbox", "Put", "Receipt", "Remove", "Stored"]
+__all__ = ["BY_PRODUCER", "Expire", "Item", "Outbox", "Put", "Receipt", "Remove", "Stored"]
 
 log = logging.getLogger(__name__)
 
@@ -144,10 +145,10 @@ class Outbox:
         self._leaving.add(seq)
         self._also(Remove(seq, why))
 
-    def expire(self, but: str) -> None:
-        """Have rows deleted that are older than `max_age_s`, of every route but one."""
+    def expire(self) -> None:
+        """Have rows deleted that are older than `max_age_s`, of every route but `BY_PRODUCER`."""
         for route, rows in self._rows.items():
-            if rows and route != but:
+            if rows and route != BY_PRODUCER:
                 self._also(Expire(route, self.running_s() - self._settings.max_age_s))
 
     def page(
@@ -159,9 +160,9 @@ class Outbox:
         found = self._read(lambda reader: page(reader, route, after, rows, max_bytes, producer))
         return [stored for stored in found if stored.seq not in leaving]
 
-    def producers(self, route: str) -> list[str]:
-        """Everybody who has an item on the route. Blocking. Raises as `page` does."""
-        return self._read(lambda reader: producers(reader, route))
+    def producers(self) -> list[str]:
+        """Everybody who has an item on the route `BY_PRODUCER`. Blocking. Raises as `page` does."""
+        return self._read(producers)
 
     def _read(self, read: Callable[[sqlite3.Connection], list[T]]) -> list[T]:
         with self._reading:

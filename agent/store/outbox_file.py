@@ -23,8 +23,10 @@ ROW_BYTES = 160
 """Counted for each row on top of what it holds: its columns, and its places in the indexes."""
 REMEMBERED_PER_ROW = 4
 """Keys remembered for each row that the outbox may hold, so that a repeat is known after its item was delivered."""
-PURGE_ROWS = 1000
-"""Remembered keys looked at in one purge."""
+PURGE_SHARE = 16
+"""The remembered keys are looked through after this part of them was added."""
+BY_PRODUCER = "ask"
+"""The route whose items are looked for by producer. Those of every other are looked for in their order."""
 
 Step: TypeAlias = Callable[[str], None]
 
@@ -80,7 +82,8 @@ class Receipt(NamedTuple):
 
 @dataclass(slots=True)
 class Put:
-    """Store items, all or none of them. `replaces`: in place of that row, whose key the first item inherits."""
+    """Store items, all or none of them. `replaces`: in place of that row, whose id they have and whose key the first
+    one inherits."""
 
     items: Sequence[Item]
     replaces: int | None = None
@@ -96,7 +99,7 @@ class Remove:
 
 @dataclass(slots=True)
 class Expire:
-    """Delete rows of a route that were created before `before`, at most `limit` of them."""
+    """Delete rows of a route (not of `BY_PRODUCER`) created before `before`, at most `limit` of them."""
 
     route: str
     before: float
@@ -130,6 +133,7 @@ class OutboxFile:
             if not checked:
                 check(self._connection, SCHEMA_VERSION)
             self._prepare(first_seq)
+            self._remembered = 0
             self.tally = Tally()
             for route, rows, size in self._connection.execute("SELECT route, rows, bytes FROM totals"):
                 self.tally.rows[route], self.tally.bytes[route] = rows, size
@@ -146,15 +150,14 @@ class OutboxFile:
         run("BEGIN IMMEDIATE")
         run(
             "CREATE TABLE IF NOT EXISTS items (seq INTEGER PRIMARY KEY AUTOINCREMENT, route TEXT NOT NULL, producer"
-            " TEXT NOT NULL, id TEXT NOT NULL, created REAL NOT NULL, known INTEGER, crc INTEGER NOT NULL,"
+            " TEXT NOT NULL, id TEXT NOT NULL, created REAL NOT NULL, key TEXT, crc INTEGER NOT NULL,"
             " head BLOB NOT NULL, body BLOB NOT NULL)"
         )
-        run("CREATE INDEX IF NOT EXISTS items_route ON items (route)")
-        run("CREATE INDEX IF NOT EXISTS items_producer ON items (route, producer)")
+        run(f"CREATE INDEX IF NOT EXISTS items_producer ON items (producer) WHERE route = '{BY_PRODUCER}'")
+        run(f"CREATE INDEX IF NOT EXISTS items_route ON items (route) WHERE route <> '{BY_PRODUCER}'")
         run(
-            "CREATE TABLE IF NOT EXISTS known (n INTEGER PRIMARY KEY AUTOINCREMENT, producer TEXT NOT NULL,"
-            " key TEXT NOT NULL, id TEXT NOT NULL, question BLOB NOT NULL, created REAL NOT NULL,"
-            " UNIQUE (producer, key))"
+            "CREATE TABLE IF NOT EXISTS known (producer TEXT NOT NULL, key TEXT NOT NULL, id TEXT NOT NULL,"
+            " question BLOB NOT NULL, created REAL NOT NULL, PRIMARY KEY (producer, key)) WITHOUT ROWID"
         )
         run("CREATE TABLE IF NOT EXISTS totals (route TEXT PRIMARY KEY, rows INTEGER NOT NULL, bytes INTEGER NOT NULL)")
         run("CREATE TABLE IF NOT EXISTS clock (running_s REAL NOT NULL)")
@@ -199,14 +202,15 @@ class OutboxFile:
         return None
 
     def _put(self, put: Put, running_s: float) -> Outcome:
-        known: int | None = None
+        first = put.items[0]
         if put.replaces is not None:
             gone = self._delete("seq = ?", (put.replaces,), "answered")
             if not gone:
-                return Receipt((), put.items[0].id)
-            known = gone[0]
+                return Receipt((), first.id)
+            key = gone[0]
         else:
-            before = self._known(put.items[0])
+            key = first.key
+            before = self._remember(first, running_s)
             if isinstance(before, InvalidRequest):
                 return before
             if before is not None:
@@ -214,21 +218,21 @@ class OutboxFile:
                 return Receipt((), before, True)
             refusal = self._make_room(put.items)
             if refusal is not None:
+                self._forget(first.producer, key, first.id)
                 self.tally.events["refused"] += 1
                 return refusal
-            known = self._remember(put.items[0], running_s)
             self.tally.events["accepted"] += 1
         seqs = []
         for item in put.items:
-            seqs.append(self._insert(item, running_s, known))
-            known = None
+            seqs.append(self._insert(item, running_s, key))
+            key = None
             self._step("inserted")
-        return Receipt(tuple(seqs), put.items[0].id)
+        return Receipt(tuple(seqs), first.id)
 
-    def _insert(self, item: Item, running_s: float, known: int | None) -> int:
-        row = (item.route, item.producer, item.id, running_s, known, _crc(item, running_s), item.head, item.body)
+    def _insert(self, item: Item, running_s: float, key: str | None) -> int:
+        row = (item.route, item.producer, item.id, running_s, key, _crc(item, running_s), item.head, item.body)
         cursor = self._connection.execute(
-            "INSERT INTO items (route, producer, id, created, known, crc, head, body) VALUES (?,?,?,?,?,?,?,?)", row
+            "INSERT INTO items (route, producer, id, created, key, crc, head, body) VALUES (?,?,?,?,?,?,?,?)", row
         )
         assert cursor.lastrowid is not None
         self.highest = cursor.lastrowid
@@ -236,27 +240,29 @@ class OutboxFile:
         self.tally.bytes[item.route] += item.size
         return cursor.lastrowid
 
-    def _delete(self, where: str, values: Sequence[object], why: str, *, forget: bool = False) -> list[int | None]:
-        """What they were known by. `forget`: they were not delivered, so that a repeat is to be taken again."""
+    def _delete(self, where: str, values: Sequence[object], why: str, *, forget: bool = False) -> list[str | None]:
+        """The keys they had. `forget`: they were not delivered, so that a repeat is to be taken again."""
         rows = self._connection.execute(
-            f"DELETE FROM items WHERE {where} RETURNING route, length(head) + length(body), known",  # noqa: S608
+            f"DELETE FROM items WHERE {where} RETURNING route, length(head) + length(body), producer, key, id",  # noqa: S608
             values,
         ).fetchall()
-        for route, size, known in rows:
+        for route, size, producer, key, id_ in rows:
             self.tally.rows[route] -= 1
             self.tally.bytes[route] -= ROW_BYTES + size
             self.tally.events[why] += 1
-            if forget and known is not None:
-                self._connection.execute("DELETE FROM known WHERE n = ?", (known,))
-        return [known for *_, known in rows]
+            if forget:
+                self._forget(producer, key, id_)
+        return [key for *_, key, _ in rows]
 
     def _expire(self, expire: Expire) -> None:
         # Later rows are younger: what comes before the first that is young enough is too old.
         young = self._connection.execute(
-            "SELECT seq FROM items INDEXED BY items_route WHERE route = ? AND created >= ? ORDER BY seq LIMIT 1",
+            f"SELECT seq FROM items INDEXED BY items_route WHERE route <> '{BY_PRODUCER}' AND route = ?"  # noqa: S608
+            " AND created >= ? ORDER BY seq LIMIT 1",
             (expire.route, expire.before),
         ).fetchone()
-        where = "seq IN (SELECT seq FROM items INDEXED BY items_route WHERE route = ? AND seq < ? ORDER BY seq LIMIT ?)"
+        old = f"SELECT seq FROM items INDEXED BY items_route WHERE route <> '{BY_PRODUCER}' AND route = ? AND seq < ?"  # noqa: S608
+        where = f"seq IN ({old} ORDER BY seq LIMIT ?)"
         values = (expire.route, young[0] if young is not None else self.highest + 1, expire.limit)
         self._delete(where, values, "expired", forget=True)
 
@@ -276,38 +282,42 @@ class OutboxFile:
                 break
         return None
 
-    def _known(self, item: Item) -> str | InvalidRequest | None:
-        """The id under which it was stored before."""
-        if item.key is None or not item.repeat:
-            return None
-        found = self._connection.execute(
-            "SELECT id, question FROM known WHERE producer = ? AND key = ?", (item.producer, item.key)
-        ).fetchone()
-        if found is not None and found[1] != item.question:
-            return InvalidRequest("idempotency_key: was used for another question before", field="idempotency_key")
-        return None if found is None else str(found[0])
-
-    def _remember(self, item: Item, running_s: float) -> int | None:
+    def _remember(self, item: Item, running_s: float) -> str | InvalidRequest | None:
+        """The id under which it was stored before; None: it was not, and is remembered from now on."""
         if item.key is None:
             return None
-        cursor = self._connection.execute(
-            "INSERT OR REPLACE INTO known (producer, key, id, question, created) VALUES (?, ?, ?, ?, ?)",
-            (item.producer, item.key, item.id, item.question, running_s),
-        )
-        n = cursor.lastrowid
-        if n is not None and n % 64 == 0:
-            self._forget_old(n, running_s)
-        return n
+        run = self._connection.execute
+        row = (item.producer, item.key, item.id, item.question, running_s)
+        if not item.repeat:
+            run("INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?, ?)", row)
+        elif not run("INSERT INTO known VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", row).rowcount:
+            id_, question = run(
+                "SELECT id, question FROM known WHERE producer = ? AND key = ?", (item.producer, item.key)
+            ).fetchone()
+            if question != item.question:
+                return InvalidRequest("idempotency_key: was used for another question before", field="idempotency_key")
+            return str(id_)
+        self._remembered += 1
+        if self._remembered * PURGE_SHARE > REMEMBERED_PER_ROW * self._settings.max_rows:
+            self._remembered = 0
+            self._purge(running_s)
+        return None
 
-    def _forget_old(self, newest: int, running_s: float) -> None:
+    def _forget(self, producer: str, key: str | None, id_: str) -> None:
+        if key is not None:  # by its id as well: it may be another item's meanwhile
+            self._connection.execute(
+                "DELETE FROM known WHERE producer = ? AND key = ? AND id = ?", (producer, key, id_)
+            )
+
+    def _purge(self, running_s: float) -> None:
         """Keys are remembered twice as long as an item may live, and in a bounded number."""
+        latest = self._connection.execute(
+            "SELECT created FROM known ORDER BY created DESC LIMIT 1 OFFSET ?",
+            (REMEMBERED_PER_ROW * self._settings.max_rows,),
+        ).fetchone()
+        oldest = running_s - 2 * self._settings.max_age_s
         self._connection.execute(
-            "DELETE FROM known WHERE n <= ? OR n IN (SELECT n FROM known ORDER BY n LIMIT ?) AND created < ?",
-            (
-                newest - REMEMBERED_PER_ROW * self._settings.max_rows,
-                PURGE_ROWS,
-                running_s - 2 * self._settings.max_age_s,
-            ),
+            "DELETE FROM known WHERE created < ?", (oldest if latest is None else max(oldest, latest[0]),)
         )
 
 
@@ -318,11 +328,18 @@ def page(
     `max_bytes`."""
     found, size = [], 0
     # A single range of an index, whose entries end with seq: nothing is sorted, however much there is.
-    among = "items_route WHERE route = ?" if producer is None else "items_producer WHERE route = ? AND producer = ?"
+    if route != BY_PRODUCER:
+        among = f"INDEXED BY items_route WHERE route <> '{BY_PRODUCER}' AND route = ?1"
+    elif producer is not None:
+        among = f"INDEXED BY items_producer WHERE route = '{BY_PRODUCER}'"
+    else:
+        among = "WHERE route = ?1"
+    if producer is not None:
+        among += " AND producer = ?2"
     for seq, name, id_, created, crc, head, body in connection.execute(
         "SELECT seq, producer, id, created, crc, COALESCE(CAST(head AS BLOB), x''), COALESCE(CAST(body AS BLOB), x'')"  # noqa: S608
-        f" FROM items INDEXED BY {among} AND seq > ? ORDER BY seq LIMIT ?",
-        (route, *(() if producer is None else (producer,)), after, rows),
+        f" FROM items {among} AND seq > ?3 ORDER BY seq LIMIT ?4",
+        (route, producer, after, rows),
     ):
         whole = crc == _crc(Item(route, name, id_, head, body), created)
         found.append(Stored(seq, route, name, id_, head, body, created, whole))
@@ -332,17 +349,17 @@ def page(
     return found
 
 
-def producers(connection: sqlite3.Connection, route: str) -> list[str]:
-    """Everybody who has an item on the route. One step in the index for each, however many items they have."""
+def producers(connection: sqlite3.Connection) -> list[str]:
+    """Everybody who has an item on the route `BY_PRODUCER`. One step in the index for each, however many they have."""
+    among = f"items INDEXED BY items_producer WHERE route = '{BY_PRODUCER}'"
     rows = connection.execute(
-        "WITH RECURSIVE each(name) AS (SELECT MIN(producer) FROM items WHERE route = ?1 UNION ALL"
-        " SELECT (SELECT MIN(producer) FROM items WHERE route = ?1 AND producer > name) FROM each"
-        " WHERE name IS NOT NULL) SELECT name FROM each WHERE name IS NOT NULL",
-        (route,),
+        f"WITH RECURSIVE each(name) AS (SELECT MIN(producer) FROM {among} UNION ALL"  # noqa: S608
+        f" SELECT (SELECT MIN(producer) FROM {among} AND producer > name) FROM each"
+        " WHERE name IS NOT NULL) SELECT name FROM each WHERE name IS NOT NULL"
     )
     return [name for (name,) in rows]
 
 
 def _crc(item: Item, created: float) -> int:
-    named = repr((item.route, item.producer, item.id, created)).encode()
+    named = f"{item.route} {item.producer} {item.id} {created!r}".encode()
     return zlib.crc32(item.body, zlib.crc32(item.head, zlib.crc32(named)))

@@ -20,7 +20,7 @@ from typing import Any
 from agent.config import OutboxSection
 from agent.core.clock import SystemClock
 from agent.core.errors import InferenceError, LinkError
-from agent.durable.records import LOCAL
+from agent.durable.records import ASK, LOCAL
 from agent.durable.sender import Sender
 from agent.link.mqtt import LinkFull, LinkOptions, MessageProperties, MqttLink
 from agent.store.outbox import Item, Outbox, Receipt
@@ -68,7 +68,7 @@ def _accepting(folder: Path, seconds: float) -> list[Line]:
         while time.perf_counter() - began < seconds:
             window.acquire()
             number = str(next(numbers))
-            outbox.put([Item(LOCAL, "bench", number, HEAD, BODY, key=number)], done)
+            outbox.put([Item(ASK, "bench", number, HEAD, BODY, key=number)], done)
             count += 1
         for _ in range(4 * BATCH):  # until every one is acknowledged
             window.acquire()
@@ -150,7 +150,7 @@ async def _drain(path: Path, options: LinkOptions) -> float:
     """Seconds from the first to the last."""
     loop = asyncio.get_running_loop()
     clock = SystemClock()
-    outbox = Outbox(path, SETTINGS, clock, deliver=loop.call_soon_threadsafe)
+    outbox = Outbox(path, SETTINGS, clock, deliver=lambda call: _hand_over(loop, call))
     link = MqttLink(options, clock)
     sender = Sender(LOCAL, outbox, link, SETTINGS, clock)
     outbox.start()
@@ -231,5 +231,9 @@ def _start(stage: Stage, port: int, name: str, rows: int) -> float:
     process = stage.daemon(rig.config(folder, **sections), name)
     took = time.perf_counter() - began
     process.kill()
-    path.unlink()
+    path.unlink(missing_ok=True)
     return took
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    loop.call_soon_threadsafe(call)

@@ -150,12 +150,31 @@ def test_a_key_used_for_another_question_is_refused(box: Box) -> None:
 
 def test_one_producer_among_many(box: Box) -> None:
     for number in range(30):
-        box.put(item(str(number), producer=f"p{number % 3}"), item(f"o{number}", route="other", producer="o"))
-    assert box.outbox.producers("out") == ["p0", "p1", "p2"]
-    assert box.outbox.producers("nothing") == []
-    found = box.outbox.page("out", 0, 3, producer="p1")
+        asked = item(str(number), route="ask", producer=f"p{number % 3}")
+        box.put(asked, item(f"o{number}", route="other", producer="o"))
+    assert box.outbox.producers() == ["p0", "p1", "p2"]
+    found = box.outbox.page("ask", 0, 3, producer="p1")
     assert [stored.id for stored in found] == ["1", "4", "7"]
-    assert box.outbox.page("out", found[-1].seq, 1, producer="p1")[0].id == "10"
+    assert box.outbox.page("ask", found[-1].seq, 1, producer="p1")[0].id == "10"
+
+
+def test_keys_are_remembered_in_a_bounded_number_and_time(tmp_path: Path) -> None:
+    box = Box(tmp_path, max_rows=40, max_age_s=100).opened()
+    for number in range(1000):
+        receipt = box.put(item(str(number), key=str(number)))
+        assert isinstance(receipt, Receipt)
+        box.outbox.remove(receipt.seqs[0], "delivered")
+        box.clock.advance(0.1)
+    with sqlite3.connect(box.path) as other:
+        (count,) = other.execute("SELECT COUNT(*) FROM known").fetchone()
+    other.close()
+    assert 4 * 40 <= count <= 4 * 40 + 4 * 40 // 16 + 1
+    assert box.put(item("again", key="900")) == Receipt((), "900", True)
+    box.clock.advance(300)
+    for number in range(11):
+        box.put(item(f"new {number}", key=f"new {number}"))
+    assert box.put(item("again", key="900")) != Receipt((), "900", True)
+    box.close()
 
 
 def test_what_cannot_be_a_repeat_is_stored(box: Box) -> None:
@@ -240,7 +259,7 @@ def test_age_is_running_time(tmp_path: Path) -> None:
     box.put(item("old", key="k"))
     for jump in (YEAR_S, -2 * YEAR_S):
         box.clock.jump(jump)
-        box.outbox.expire(but="ask")
+        box.outbox.expire()
         box.settle()
         assert box.ids() == ["old"]
     box.clock.advance(60)
@@ -250,7 +269,7 @@ def test_age_is_running_time(tmp_path: Path) -> None:
     box = Box(tmp_path, ManualClock(5.0, YEAR_S), max_age_s=100).opened()  # another boot, and another year
     assert box.outbox.age_s(box.outbox.page("out", 0, 1)[0]) == 60
     box.clock.advance(50)
-    box.outbox.expire(but="ask")
+    box.outbox.expire()
     box.settle()
     assert box.ids() == ["young"]
     assert box.outbox.stats()["events"]["expired"] == 1

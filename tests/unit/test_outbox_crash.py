@@ -17,7 +17,8 @@ from agent.config import OutboxSection
 from agent.store.outbox_file import Change, Expire, Item, OutboxFile, Put, Remove, page
 from hil.powerloss.main import STEPS, powerloss
 
-SETTINGS = OutboxSection(enabled=True, max_rows=6, max_age_s=40)
+SETTINGS = OutboxSection(enabled=True, max_rows=6)
+MAX_AGE_S = 40.0
 
 changes = st.one_of(
     st.tuples(st.just("put"), st.integers(0, 9), st.integers(0, 3000), st.sampled_from(["ask", "out"])),
@@ -81,7 +82,7 @@ class Model:
 
     def expire(self, now: float) -> None:
         for seq, (route, *_, created) in list(self.rows.items()):
-            if route == "out" and created < now - SETTINGS.max_age_s:
+            if route == "out" and created < now - MAX_AGE_S:
                 self._drop(seq, forget=True)
 
 
@@ -110,12 +111,13 @@ def perform(model: Model, batch: list[Any], number: int, now: float) -> list[Cha
             todo.append(Put([item]))
             model.put(item, now)
         elif kind == "expire":
-            todo.append(Expire("out", now - SETTINGS.max_age_s))
+            todo.append(Expire("out", now - MAX_AGE_S))
             model.expire(now)
         else:
             seq = rows[details[0] % len(rows)] if rows else 10_000
             if kind == "answer":
-                answers = [Item("out", "p", f"r{seq}", b"", b"r")] * (2 if details[1] else 1)
+                id_ = model.rows[seq][1] if rows else "none"
+                answers = [Item("out", "p", id_, b"", b"r")] * (2 if details[1] else 1)
                 todo.append(Put(answers, seq))
                 model.answer(seq, answers, now)
             else:
