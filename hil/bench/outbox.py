@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import queue
 import sqlite3
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +32,8 @@ from hil.processes import Stage, free_port
 
 ITEM_BYTES = 1024
 BATCH = 64
+WINDOW = 1024
+"""Items that wait for their acknowledgement at once: a quarter of what may (`outbox.max_waiting`)."""
 ACCEPT_AIM = 2.0
 """Times what bare SQLite takes: half its rate."""
 DRAIN_AIM_US = 500.0
@@ -55,26 +57,28 @@ def _accepting(folder: Path, seconds: float) -> list[Line]:
     outbox = Outbox(folder / "accept.sqlite", SETTINGS, SystemClock())
     outbox.start()
     numbers = itertools.count()
-    window = threading.Semaphore(4 * BATCH)
+    window: queue.SimpleQueue[None] = queue.SimpleQueue()
+    for _ in range(WINDOW):
+        window.put(None)
     refused: list[InferenceError] = []
 
     def done(result: Receipt | InferenceError) -> None:
         if isinstance(result, InferenceError):
             refused.append(result)
-        window.release()
+        window.put(None)
 
     def ours(seconds: float) -> Sequence[float]:
         began, count = time.perf_counter(), 0
         while time.perf_counter() - began < seconds:
-            window.acquire()
+            window.get()
             number = str(next(numbers))
             outbox.put([Item(ASK, "bench", number, HEAD, BODY, key=number)], done)
             count += 1
-        for _ in range(4 * BATCH):  # until every one is acknowledged
-            window.acquire()
+        for _ in range(WINDOW):  # until every one is acknowledged
+            window.get()
         took = time.perf_counter() - began
-        for _ in range(4 * BATCH):
-            window.release()
+        for _ in range(WINDOW):
+            window.put(None)
         return [took / count * 1e6]
 
     bare = sqlite3.connect(folder / "bare.sqlite", isolation_level=None)
