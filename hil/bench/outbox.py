@@ -27,7 +27,7 @@ from agent.store.outbox import Item, Outbox, Receipt
 from agent.store.outbox_file import OutboxFile, Put
 from hil.bench import rig
 from hil.bench.report import Aim, CannotMeasure, Line
-from hil.bench.stats import alternate, summarise
+from hil.bench.stats import Sampler, alternate, summarise
 from hil.processes import Stage, free_port
 
 ITEM_BYTES = 1024
@@ -81,23 +81,8 @@ def _accepting(folder: Path, seconds: float) -> list[Line]:
             window.put(None)
         return [took / count * 1e6]
 
-    bare = sqlite3.connect(folder / "bare.sqlite", isolation_level=None)
-    bare.execute("PRAGMA journal_mode = WAL")
-    bare.execute("PRAGMA synchronous = FULL")
-    bare.execute("CREATE TABLE items (seq INTEGER PRIMARY KEY, head BLOB, body BLOB)")
-
-    def peer(seconds: float) -> Sequence[float]:
-        began, count = time.perf_counter(), 0
-        while time.perf_counter() - began < seconds:
-            bare.execute("BEGIN IMMEDIATE")
-            bare.executemany("INSERT INTO items (head, body) VALUES (?, ?)", [(HEAD, BODY)] * BATCH)
-            bare.execute("COMMIT")
-            count += BATCH
-        return [(time.perf_counter() - began) / count * 1e6]
-
-    found = alternate({"ours": ours, "peer": peer}, max(seconds, 2.0))
+    found = alternate({"ours": ours, "peer": _bare(folder / "bare.sqlite")}, max(seconds, 2.0))
     outbox.close()
-    bare.close()
     if refused:
         raise CannotMeasure(f"the outbox refused an item: {refused[0].message}")
     note = "an item with a key, by which a repeat would be known"
@@ -113,6 +98,25 @@ def _accepting(folder: Path, seconds: float) -> list[Line]:
             note,
         )
     ]
+
+
+def _bare(path: Path) -> Sampler:
+    """SQLite alone, with as much of a row and the same durability."""
+    bare = sqlite3.connect(path, isolation_level=None)
+    bare.execute("PRAGMA journal_mode = WAL")
+    bare.execute("PRAGMA synchronous = FULL")
+    bare.execute("CREATE TABLE items (seq INTEGER PRIMARY KEY, head BLOB, body BLOB)")
+
+    def peer(seconds: float) -> Sequence[float]:
+        began, count = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
+            bare.execute("BEGIN IMMEDIATE")
+            bare.executemany("INSERT INTO items (head, body) VALUES (?, ?)", [(HEAD, BODY)] * BATCH)
+            bare.execute("COMMIT")
+            count += BATCH
+        return [(time.perf_counter() - began) / count * 1e6]
+
+    return peer
 
 
 def filled(path: Path, rows: int) -> None:

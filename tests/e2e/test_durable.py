@@ -29,8 +29,8 @@ def durable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
         yield gateway
 
 
-def restart(gateway: Gateway) -> None:
-    config: dict[str, Any] = gateway.config() | {
+def configuration(gateway: Gateway) -> dict[str, Any]:
+    return gateway.config() | {
         "edge_mcu": {"enabled": False},
         "outbox": SETTINGS,
         "uplink": {"lane": "gpu"},
@@ -39,7 +39,10 @@ def restart(gateway: Gateway) -> None:
             "sensors/told": {"model": "digits", "uplink": True, "latency_class": "interactive", "use_cache": False},
         },
     }
-    gateway.daemon = gateway.stage.daemon(config)
+
+
+def restart(gateway: Gateway) -> None:
+    gateway.daemon = gateway.stage.daemon(configuration(gateway))
     wait_until(gateway.complete, "every tier available")
     wait_until(lambda: outbox(gateway)["routes"]["local"]["connected"], "the durable link")
 
@@ -186,6 +189,42 @@ def test_results_reach_the_cloud_after_an_outage(durable: Gateway) -> None:
     assert set(cloud.by_request().values()) == {1}
     local.close()
     cloud.client.close()
+
+
+STEPS = ("gathered", "begun", "inserted", "written", "committed", "told")
+SENDING = ("publishing", "published", "acknowledged by the broker")
+KILLS = [*((step, count) for count in (1, 10) for step in STEPS), *((step, 2) for step in SENDING)]
+
+
+def test_killed_at_every_step_nothing_is_lost_and_nothing_seen_twice(durable: Gateway) -> None:
+    """A client over HTTP asks again under the same key until it is told `accepted`; one over MQTT leaves that to the
+    broker. The first times of a step belong to a request, later ones to its answer and to its deletion."""
+    receiver = Receiver(durable.local_port, f"edge/{GATEWAY}/results/durable/digits")
+    durable.daemon.terminate()
+    acknowledged: set[str] = set()
+    published: set[str] = set()
+    pending: list[str] = []
+    for number, (step, count) in enumerate(KILLS):
+        environ = {"POWERLOSS_STEP": step, "POWERLOSS_COUNT": str(count)}
+        durable.daemon = durable.stage.daemon(configuration(durable), module="hil.powerloss.daemon", environ=environ)
+        for item in range(40):
+            pending.append(f"h{number}-{item}")
+            receiver.client.publish(f"edge/{GATEWAY}/durable/digits", json.dumps(ask(durable, f"m{number}-{item}")))
+            published.add(f"m{number}-{item}")
+            try:
+                while pending:
+                    code, _ = durable.infer(**ask(durable, pending[0], delivery="durable"))
+                    assert code == 202
+                    acknowledged.add(pending.pop(0))
+            except OSError:
+                break
+        wait_until(lambda: not durable.daemon.alive(), f"the kill at {step!r}")
+    restart(durable)
+    wait_until(lambda: set(receiver.by_request()) >= acknowledged | published, "every result")
+    wait_until(lambda: not outbox(durable)["rows"], "an empty outbox")
+    assert set(receiver.by_request().values()) == {1}
+    assert len(acknowledged) > len(KILLS)
+    receiver.client.close()
 
 
 def test_a_damaged_outbox_is_named(durable: Gateway) -> None:
