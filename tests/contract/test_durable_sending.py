@@ -145,7 +145,7 @@ async def test_a_refusal_holds_the_route_and_is_tried_again(tmp_path: Path) -> N
     """The broker's access list forbids a topic; when it allows it, what waited comes in order."""
     acl = tmp_path / "acl"
     acl.write_text("topic read out/#\n")
-    with running(mosquitto(tmp_path, f"acl_file {acl}")) as broker:
+    with running(mosquitto(tmp_path, f"acl_file {acl}\nuser root")) as broker:
         rig = Rig(tmp_path, broker)
         await rig.start()
         await rig.store("1", "2", "3")
