@@ -63,7 +63,7 @@ class _Producer:
 
 
 class Asker:
-    """`infer` is the core's. `uplink_topic` None: answers are passed on to nobody."""
+    """`infer` is the core's. `uplink_topic` says where the answer to a request is passed on to; None: nowhere."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Asker:
         settings: OutboxSection,
         clock: Clock,
         *,
-        uplink_topic: str | None = None,
+        uplink_topic: Callable[[InferenceRequest], str | None] = lambda request: None,
         chance: Callable[[], float] = random.random,
     ) -> None:
         self.counters = _Counters()
@@ -138,8 +138,12 @@ class Asker:
     def _mention(self, name: str) -> None:
         producer = self._producers.get(name)
         if producer is None:
-            producer = self._producers[name] = _Producer(Backoff(0.5, self._settings.retry_max_s, self._chance))
+            producer = self._producers[name] = _Producer(self._backoff())
         producer.fresh = True
+
+    def _backoff(self) -> Backoff:
+        longest_s = self._settings.retry_max_s
+        return Backoff(min(0.5, longest_s), longest_s, self._chance)
 
     async def _find_all(self) -> None:
         try:
@@ -247,8 +251,9 @@ class Asker:
         self, stored: Stored, request: InferenceRequest | None, back: Return, outcome: InferenceResult | InferenceError
     ) -> None:
         items = [answer_item(stored, back, outcome)]
-        if request is not None and request.uplink and self._uplink_topic is not None:
-            items.append(uplink_item(request, outcome, self._uplink_topic, self._clock.wall(), stored.id))
+        topic = None if request is None else self._uplink_topic(request)
+        if request is not None and topic is not None:
+            items.append(uplink_item(request, outcome, topic, self._clock.wall(), stored.id))
         await replace(self._outbox, items, stored.seq)
         if isinstance(outcome, Expired):
             self.counters.expired += 1

@@ -76,10 +76,10 @@ class Desk:
             name="durable",
         )
         self.senders = {LOCAL: Sender(LOCAL, self.outbox, self.link, settings, clock, step=step)}
-        self._uplink_topic: str | None = None
+        self._uplink: tuple[str, str | None] | None = None
         lane = next((lane for lane in config.cloud.lanes if lane.name == config.uplink.lane), None)
         if lane is not None:
-            self._uplink_topic = f"{config.uplink.topic}/{config.gateway.id}"
+            self._uplink = f"{config.uplink.topic}/{config.gateway.id}", lane.region
             client = f"edge-agent-{config.gateway.id}-uplink"
             options = link_options(lane, client, max_unacknowledged=settings.max_in_flight)
             expiry_s = config.uplink.message_expiry_s
@@ -92,13 +92,20 @@ class Desk:
                 expiry_s=None if expiry_s is None else lambda age_s: expiry_s,
                 step=step,
             )
-        self.asker = Asker(self.outbox, infer, catalog, settings, clock, uplink_topic=self._uplink_topic)
+        self.asker = Asker(self.outbox, infer, catalog, settings, clock, uplink_topic=self.uplink_topic)
 
     # --- taking in -----------------------------------------------------------------------------------------------
 
     def result_topic(self, request: InferenceRequest) -> str:
         """Where the answer of a request goes that names no topic of its own."""
         return f"{self._prefix}/results/durable/{request.model}"
+
+    def uplink_topic(self, request: InferenceRequest) -> str | None:
+        """Where its answer is passed on to. None: nowhere, also where its regions do not allow the uplink's."""
+        if not request.uplink or self._uplink is None:
+            return None
+        topic, region = self._uplink
+        return None if request.allowed_regions and region not in request.allowed_regions else topic
 
     async def accept(
         self, request: InferenceRequest, back: Return | None = None, key: str | None = None, *, repeat: bool = True
@@ -128,9 +135,10 @@ class Desk:
     def forward(self, request: InferenceRequest, outcome: InferenceResult | InferenceError) -> None:
         """Pass a sensor's answer on to the cloud, if its configuration says so. A durable request's answer is passed
         on where it is stored."""
-        if not request.uplink or request.durable or self._uplink_topic is None or isinstance(outcome, InferenceError):
+        topic = self.uplink_topic(request)
+        if topic is None or request.durable or isinstance(outcome, InferenceError):
             return
-        item = uplink_item(request, outcome, self._uplink_topic, self._clock.wall())
+        item = uplink_item(request, outcome, topic, self._clock.wall())
 
         def done(result: Receipt | InferenceError) -> None:
             if isinstance(result, InferenceError):
@@ -164,7 +172,7 @@ class Desk:
         """Let what is being asked end and what is on its way be acknowledged; write it all down."""
         await self.asker.close(timeout_s)
         self.outbox.flush()
-        await asyncio.gather(*(sender.drained(timeout_s) for sender in self.senders.values()))
+        await asyncio.gather(*(sender.close(timeout_s) for sender in self.senders.values()))
         await asyncio.to_thread(self.outbox.close)
         await asyncio.gather(*(sender.link.stop() for sender in self.senders.values()))
 

@@ -71,12 +71,13 @@ class Sender:
         self._expiry_s = expiry_s or (lambda age_s: settings.max_age_s - age_s)
         self._step = step
         self._pace = Pace(settings.drain_per_s)
-        self._backoff = Backoff(0.5, settings.retry_max_s, chance)
+        self._backoff = Backoff(min(0.5, settings.retry_max_s), settings.retry_max_s, chance)
         self._page: deque[Stored] = deque()
         self._in_flight: dict[int, int] = {}
         self._after = 0
         self._era = 0
         self._hold_until = 0.0
+        self._closing = False
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
         self._expired_at = clock.monotonic()
@@ -110,8 +111,9 @@ class Sender:
             else:
                 await asyncio.sleep(0)
 
-    async def drained(self, timeout_s: float) -> bool:
-        """Wait until nothing is on its way. False: something still is."""
+    async def close(self, timeout_s: float) -> bool:
+        """Send no more, and wait until nothing is on its way. False: something still is."""
+        self._closing = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while self._in_flight and self.link.connected:
@@ -122,7 +124,7 @@ class Sender:
     async def _burst(self) -> float | None:
         """Send some. Returns how long to wait before the next, None until something happens."""
         for _ in range(BURST):
-            if not self.link.connected:
+            if self._closing or not self.link.connected:
                 return None
             now = self._clock.monotonic()
             if now < self._hold_until:

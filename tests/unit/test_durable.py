@@ -44,7 +44,14 @@ class Rig:
         self.asked: list[InferenceRequest] = []
         self.behave: Callable[[InferenceRequest], None] = lambda request: None
         self.stale = False
-        self.asker = Asker(self.outbox, self._infer, self.catalog, SETTINGS, self.clock, uplink_topic="up/gw")
+        self.asker = Asker(
+            self.outbox,
+            self._infer,
+            self.catalog,
+            SETTINGS,
+            self.clock,
+            uplink_topic=lambda request: "up/gw" if request.uplink else None,
+        )
         self.outbox.stored = self._stored
 
     async def _infer(self, request: InferenceRequest) -> InferenceResult:
