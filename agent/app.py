@@ -3,41 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
-import signal
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from agent import __version__
 from agent.config import Config
-from agent.config_load import load_config
-from agent.core.clock import Clock, SystemClock
-from agent.core.errors import ConfigError, InferenceError, LinkError
+from agent.core.clock import Clock
+from agent.core.errors import ConfigError, InferenceError
+from agent.core.streamed import Streamed
 from agent.core.types import AccuracyMode, InferenceRequest, InferenceResult
 from agent.durable.desk import Desk, no_outbox
 from agent.ingress.durable import DurableDoor
 from agent.ingress.http import create_app
 from agent.ingress.http_server import HttpServer
 from agent.ingress.mqtt import MqttDoor
+from agent.ingress.streams import StreamDoor
 from agent.pipeline import Pipeline
 from agent.registry.accuracy import Accuracies, Alarm
-from agent.registry.catalog import Catalog, load_catalog
-from agent.registry.locate import catalog_path
+from agent.registry.catalog import Catalog
 from agent.routing.admission import Admission
 from agent.routing.budget import budget_of
 from agent.routing.limits import limits_of
 from agent.routing.router import Router
 from agent.routing.shadow import Shadow
 from agent.runtimes.base import RuntimeUnavailable
-from agent.sdnotify import Notifier
+from agent.security.access import Guard
+from agent.security.audit import Audit
+from agent.security.certificates import LOOK_S, Watch, certificate_files
 from agent.store.budget_file import BudgetFile
 from agent.store.cache import ResultCache
 from agent.supervisor import Component, ComponentState, Supervisor
 from agent.targets.base import Target
-from agent.telemetry import events
 from agent.telemetry.load import LoadSampler
 from agent.telemetry.metrics import Metrics
 from agent.telemetry.story import Stories
@@ -51,8 +51,11 @@ STALL_S = 10.0
 """A supervised task that has not gone round its loop for this long keeps the watchdog from being fed."""
 
 
-def build_targets(config: Config, catalog: Catalog, clock: Clock) -> list[Target]:
-    """Every configured tier. A new tier is one file in `targets/` and one line here.
+def build_targets(
+    config: Config, catalog: Catalog, clock: Clock, deliver: Callable[[Streamed], None] = lambda sample: None
+) -> list[Target]:
+    """Every configured tier. A new tier is one file in `targets/` and one line here. `deliver` gets what boards sample
+    themselves. Raises `ConfigError` for a stream of a model that is not in the catalogue.
 
     Imports happen here because a tier that is not configured need not take memory.
     """
@@ -61,7 +64,11 @@ def build_targets(config: Config, catalog: Catalog, clock: Clock) -> list[Target
     if config.edge_mcu.enabled and config.edge_mcu.ports:
         from agent.targets.mcu import McuTarget
 
-        targets.append(McuTarget(config.edge_mcu, catalog, clock, max_bytes=sizes.edge_mcu * 1e6))
+        unknown = [stream for stream in config.edge_mcu.streams if stream.model not in catalog.families]
+        if unknown:
+            raise ConfigError([f"edge_mcu.streams: {stream.name}: no model {stream.model!r}" for stream in unknown])
+        mcu_bytes = sizes.edge_mcu * 1e6
+        targets.append(McuTarget(config.edge_mcu, catalog, clock, max_bytes=mcu_bytes, deliver=deliver))
     if config.edge_gpu.enabled:
         from agent.targets.gateway import GatewayTarget
 
@@ -100,7 +107,7 @@ class App:
         self.metrics = Metrics()
         self.supervisor = Supervisor(clock)
         self.load = LoadSampler()
-        self.targets = build_targets(config, catalog, clock)
+        self.targets = build_targets(config, catalog, clock, lambda sample: self.streams.take(sample))
         self.accuracies = Accuracies(catalog, config.drift, config.gateway.state_dir / "accuracy.json")
         self.budget_file = BudgetFile(config.gateway.state_dir / "budgets.json")
         self.budget = budget_of(config.budgets, config.cloud.lanes, self.budget_file)
@@ -132,10 +139,20 @@ class App:
         )
         slowest_ms = max((lane.timeout_ms for lane in config.cloud.lanes), default=config.edge_gpu.timeout_ms)
         mode = AccuracyMode(config.accuracy.mode)
-        self.admission = Admission(catalog, config.routing, clock, slowest_ms / 1e3, mode)
-        self.http = HttpServer(create_app(self, self.metrics, config.http, self.recent), config.http)
+        self.admission = Admission(catalog, config.routing, clock, slowest_ms / 1e3, mode, producers=config.producers)
+        regions = {target.traits.name: target.traits.region for target in self.targets}
+        audit = config.security.audit
+        self.audit = Audit(audit, config.gateway.state_dir, clock, regions) if audit.enabled else None
+        self.guard = Guard(config.security, clock, config.producers, self.audit)
+        self.certificates = Watch(certificate_files(config), config.security.certificate_warn_days)
+        application = create_app(self, self.metrics, config.http, self.recent, clock, self.guard)
+        self.http = HttpServer(
+            application, config.http, lambda error, address: self.guard.refused("http", error, address=address)
+        )
         self.mqtt = self._mqtt_door() if config.mqtt.enabled else None
         self.desk = self._desk() if config.outbox.enabled else None
+        publish = self.mqtt.publish_result if self.mqtt else lambda name, document: None
+        self.streams = StreamDoor(self, config.edge_mcu.streams, publish, self.pipeline.observed, clock)
         self.metrics.watch(self.status)
         self.accuracies.listeners.append(self._show_drift)
         self._lag_s = 0.0
@@ -151,14 +168,25 @@ class App:
             self.metrics,
             self._clock,
             status_interval_s=config.monitoring.status_interval_s,
+            guard=self.guard,
         )
 
     def _desk(self) -> Desk:
         """Durable delivery, with its door."""
         config = self._config
-        desk = Desk(config, config.gateway.state_dir / "outbox", self.infer, self._catalog, self._clock)
+        folder = config.gateway.state_dir / "outbox"
+        desk = Desk(
+            config,
+            folder,
+            self.infer,
+            self._catalog,
+            self._clock,
+            audit=self.audit,
+            askable=self._askable,
+            regions=self.admission.allowed_regions,
+        )
         durable = {topic: sensor for topic, sensor in config.sensors.items() if sensor.durable}
-        desk.door = DurableDoor(self, desk, config.mqtt, durable, config.gateway.id, self.metrics)
+        desk.door = DurableDoor(self, desk, config.mqtt, durable, config.gateway.id, self.metrics, self.guard)
         self.pipeline.listeners.append(desk.forward)
         if self.mqtt:
             keep = self.mqtt.keep
@@ -168,20 +196,42 @@ class App:
     # What the doors need: ingress.base.Core.
 
     async def infer(self, request: InferenceRequest) -> InferenceResult:
-        return await self.pipeline.infer(request)
+        audit = self.audit
+        if audit is None:
+            return await self.pipeline.infer(request)
+        try:
+            audit.require()
+        except InferenceError as error:
+            error.request_id = request.id
+            self.guard.refused("daemon", error, who=request.asked_by)
+            raise
+        try:
+            result = await self.pipeline.infer(request)
+        except InferenceError as error:
+            audit.request(request, error)
+            raise
+        except asyncio.CancelledError:  # whoever asked has gone, or the daemon stops
+            audit.request(request, None)
+            raise
+        audit.request(request, result)
+        return result
 
     async def accept(self, request: InferenceRequest) -> Mapping[str, Any]:
-        if self.desk is None:
-            raise no_outbox()
-        return await self.desk.accept_told(request)
+        try:
+            if self.desk is None:
+                raise no_outbox()
+            return await self.desk.accept_told(request)
+        except InferenceError as error:
+            self.guard.refused("daemon", error, who=request.asked_by)
+            raise
+
+    def _askable(self) -> frozenset[str]:
+        return frozenset(target.traits.name for target in self.targets if target.availability().available)
 
     def ready(self) -> tuple[bool, str]:
         if self._stopping.is_set():
             return False, "stopping"
-        for target in self.targets:
-            if target.availability().available:
-                return True, ""
-        return False, "no target can be asked"
+        return (True, "") if self._askable() else (False, "no target can be asked")
 
     def status(self) -> Mapping[str, Any]:
         ready, reason = self.ready()
@@ -204,7 +254,10 @@ class App:
             "doors": {
                 "http": self.http.status() if self._config.http.enabled else None,
                 "mqtt": self.mqtt.status() if self.mqtt else None,
+                "streams": self.streams.status(),
             },
+            "security": {**self.guard.status(), "audit": self.audit.status() if self.audit else None},
+            "certificates": self.certificates.status(),
             "components": [*self.supervisor.status(), *self._parts(), *_target_components(targets)],
             "load": {**self.load.latest, "loop_lag_ms": round(self._lag_s * 1e3, 3)},
         }
@@ -229,8 +282,15 @@ class App:
             since_s = round(self._clock.monotonic() - link.since, 3)
             state = "up" if link.connected else "down"
             parts.append({"name": "mqtt door", "state": state, "reason": link.reason, "since_s": since_s})
+        if self._config.shadow.rate:
+            adrift = [alarm.variant.name for alarm in self.accuracies.states() if alarm.active]
+            reason = f"{', '.join(adrift)}: agree less with the cloud than they did" if adrift else ""
+            parts.append({"name": "drift", "state": "degraded" if adrift else "up", "reason": reason})
         trouble = self.cache.problem()
         parts.append({"name": "cache", "state": "degraded" if trouble else "up", "reason": trouble})
+        if self.audit:
+            trouble = self.audit.problem()
+            parts.append({"name": "audit", "state": "degraded" if trouble else "up", "reason": trouble})
         if self.trace:
             why = self.trace.problem
             parts.append({"name": "recorder", "state": "degraded" if why else "up", "reason": why})
@@ -245,6 +305,11 @@ class App:
     async def start(self) -> None:
         """Open the store, connect the targets, then open the doors. Raises `ConfigError` if that is impossible."""
         self.cache.open()
+        if self.audit:
+            self.audit.open()
+            configuration = hashlib.sha256(self._config.model_dump_json().encode()).hexdigest()
+            self.supervisor.watch("audit", lambda: self.audit is None or self.audit.alive)
+            self.audit.act("start", version=__version__, configuration=configuration)
         self.accuracies.load()
         if self.trace is not None:
             self.trace.start()
@@ -258,10 +323,16 @@ class App:
         self._warm_up()
         self.supervisor.spawn("load", self._sample_load, stall_s=STALL_S + self._config.monitoring.sample_interval_s)
         self.supervisor.spawn("loop", self._heartbeat, stall_s=STALL_S)
+        self.supervisor.spawn("certificates", self._watch_certificates, stall_s=LOOK_S + STALL_S)
         if self._config.shadow.rate:
             self.supervisor.spawn("shadow", self._ask_shadows)
             for state in self.accuracies.states():
                 self._show_drift(state)
+        await self._open_doors()
+        for target in self.targets:
+            self.supervisor.watch(target.traits.name, target.alive)
+
+    async def _open_doors(self) -> None:
         if self._config.http.enabled:
             port = await self.http.start()
             log.info("http door open", extra={"host": self._config.http.host, "port": port})
@@ -270,8 +341,6 @@ class App:
             self.supervisor.watch("mqtt", lambda: self.mqtt is not None and self.mqtt.alive)
         if self.desk:
             await self.desk.start(self.supervisor)
-        for target in self.targets:
-            self.supervisor.watch(target.traits.name, target.alive)
 
     async def stop(self) -> None:
         """Doors first, then what is in flight, then the targets, then the store."""
@@ -286,6 +355,7 @@ class App:
         if not await self.pipeline.drained(drain_s):
             log.warning("stopped with requests in flight", extra={"in_flight": self.pipeline.in_flight})
         await closed
+        await self.streams.stop(drain_s)
         if self.desk:
             await self.desk.stop(drain_s)
         if self.mqtt:
@@ -297,6 +367,9 @@ class App:
         if self.trace is not None:
             await asyncio.to_thread(self.trace.close)
         await asyncio.to_thread(self.cache.close)
+        if self.audit:
+            self.audit.act("stop")
+            await asyncio.to_thread(self.audit.close)
 
     def _warm_up(self) -> None:
         """Admit and rank one request for each model, and run none: code that runs for the first time takes
@@ -311,6 +384,14 @@ class App:
             self.load.sample()
             component.set(ComponentState.UP)
             await asyncio.sleep(self._config.monitoring.sample_interval_s)
+
+    async def _watch_certificates(self, component: Component) -> None:
+        """Those in files and those of brokers; a renewed one of the HTTP door is taken."""
+        links = {target.traits.name: getattr(target, "link", None) for target in self.targets}
+        links["mqtt"] = self.mqtt.link if self.mqtt else None
+        async for alarms in self.certificates.keep(links, self.http.renew_certificate, self._clock):
+            component.set(ComponentState.DEGRADED if alarms else ComponentState.UP, "; ".join(alarms))
+            self.guard.flush()
 
     def _show_drift(self, alarm: Alarm) -> None:
         if self.mqtt:
@@ -336,65 +417,6 @@ class App:
             await asyncio.sleep(HEARTBEAT_S)
             self._lag_s = max(0.0, self._clock.monotonic() - due)
             component.set(ComponentState.UP)
-
-
-def run(path: Path | None) -> int:
-    """Load the configuration, run until SIGTERM or SIGINT. Returns the exit code."""
-    config = load_config(path)
-    catalog = load_catalog(catalog_path(config.models.catalog))
-    handler = events.setup(config.monitoring.log_level, config.monitoring.log_format)
-    try:
-        return _loop_runner()(_serve(config, catalog))
-    finally:
-        handler.close()
-
-
-async def _serve(config: Config, catalog: Catalog) -> int:
-    notifier = Notifier()
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    app = App(config, catalog, SystemClock())
-    try:
-        await app.start()
-    except (ConfigError, LinkError) as error:
-        log.error("cannot start", extra={"reason": str(error)})
-        await app.stop()
-        return 2 if isinstance(error, ConfigError) else 1
-    if notifier.watchdog_s:
-        app.supervisor.spawn("watchdog", lambda component: _feed(notifier, app, component))
-    notifier.ready("serving")
-    log.info("ready", extra={"gateway": config.gateway.id, "targets": [target.traits.name for target in app.targets]})
-    await stop.wait()
-    notifier.stopping("draining")
-    log.info("stopping")
-    await app.stop()
-    log.info("stopped")
-    return 0
-
-
-async def _feed(notifier: Notifier, app: App, component: Component) -> None:
-    """Feed systemd's watchdog while no supervised task is overdue."""
-    assert notifier.watchdog_s is not None
-    while True:
-        overdue = app.supervisor.overdue()
-        if overdue:
-            component.set(ComponentState.DEGRADED, f"not fed: {', '.join(overdue)} stalled")
-        else:
-            component.set(ComponentState.UP)
-            notifier.watchdog()
-        await asyncio.sleep(notifier.watchdog_s / 3)
-
-
-def _loop_runner() -> Callable[[Coroutine[Any, Any, int]], int]:
-    """uvloop where it is installed."""
-    try:
-        import uvloop
-    except ModuleNotFoundError:
-        return asyncio.run
-    runner: Callable[[Coroutine[Any, Any, int]], int] = uvloop.run
-    return runner
 
 
 def _target_components(targets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from agent import __version__, cli_client, cli_explain, cli_mcu, cli_models, cli_sim, cli_worker
+from agent import __version__, cli_client, cli_explain, cli_mcu, cli_models, cli_security, cli_sim, cli_worker
 from agent.core.errors import ConfigError, EdgeAgentError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_explain.add_parser(commands)
     cli_mcu.add_parser(commands)
     cli_worker.add_parser(commands)
+    cli_security.add_parsers(commands)
 
     cli_models.add_parser(commands)
 
@@ -74,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from agent.app import run
+    from agent.serve import run
 
     return run(args.config)
 
@@ -86,10 +87,12 @@ def _check(args: argparse.Namespace) -> int:
 
     config = load_config(args.config)
     catalog = load_catalog(catalog_path(config.models.catalog))
+    named = {f"sensors.{topic}": sensor.model for topic, sensor in config.sensors.items()}
+    named |= {f"edge_mcu.streams.{index}": stream.model for index, stream in enumerate(config.edge_mcu.streams)}
     unknown = [
-        f"{args.config}: sensors.{topic}.model: must be one of {sorted(catalog.families)}, found {sensor.model!r}"
-        for topic, sensor in config.sensors.items()
-        if sensor.model not in catalog.families
+        f"{args.config}: {at}.model: must be one of {sorted(catalog.families)}, found {model!r}"
+        for at, model in named.items()
+        if model not in catalog.families
     ]
     if unknown:
         raise ConfigError(unknown)

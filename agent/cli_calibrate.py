@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -92,7 +93,10 @@ def measure(catalog: Catalog, family: Family, max_loss: float = MAX_LOSS) -> Rep
     `ConfigError`.
     """
     inputs, labels, digest = _held_out(catalog, family)
-    ladder = sorted(family.variants.values(), key=lambda variant: variant.accuracy.value)
+    ladder = sorted(
+        family.variants.values(),
+        key=lambda variant: (variant.accuracy.value, "cloud" in variant.targets, variant.bytes),
+    )
     run = {variant.id: _answers(catalog, family, variant, inputs) for variant in ladder}
     reference = ladder[-1]
     right = run[reference.id][0].classes
@@ -257,9 +261,10 @@ def as_json(report: Report) -> dict[str, Any]:
 def write(path: Path, family: str, calibrations: Mapping[str, Calibration]) -> None:
     """Set `calibration` of these variants in a catalogue, and leave every other character as it is.
 
-    Raises `ConfigError` where a variant is not written as a block of lines.
+    Raises `ConfigError` where a variant is not written as a block of lines, or the file cannot be written.
     """
-    text = path.read_text("utf-8")
+    path = path.resolve()
+    text = path.read_bytes().decode()
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     edits: list[tuple[int, int, str]] = []
     for id_, calibration in calibrations.items():
@@ -276,8 +281,12 @@ def write(path: Path, family: str, calibrations: Mapping[str, Calibration]) -> N
     for start, end, line in sorted(edits, reverse=True):
         text = text[:start] + line + text[end:]
     aside = path.with_name(f".{path.name}.new")
-    aside.write_text(text, "utf-8")
-    aside.replace(path)
+    try:
+        aside.write_bytes(text.encode())
+        shutil.copymode(path, aside)
+        aside.replace(path)
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be written: {error.strerror or error}"]) from None
 
 
 def _at(node: Any, *keys: str) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import ssl
 import sys
 import urllib.error
 import urllib.request
@@ -34,6 +36,11 @@ def add_parsers(commands: Any) -> None:
     infer.add_argument("--priority", type=int)
     infer.add_argument("--variant", help="only this variant will do")
     infer.add_argument(
+        "--accuracy",
+        choices=("high", "acceptable", "adaptive"),
+        help="how right the answer has to be (docs/cascade.md)",
+    )
+    infer.add_argument(
         "--no-cache",
         action="store_true",
         help="take no fresh answer from the cache; an earlier one, marked STALE, still comes when nothing can be asked",
@@ -47,7 +54,15 @@ def add_parsers(commands: Any) -> None:
     status.add_argument("--json", action="store_true", help="print the whole status")
     status.set_defaults(run=_status)
     for parser in (infer, status):
-        parser.add_argument("--url", default=DEFAULT_URL, help=f"of the daemon (default {DEFAULT_URL})")
+        add_connection(parser)
+
+
+def add_connection(parser: argparse.ArgumentParser) -> None:
+    """The options of whoever asks a daemon: what `call` takes."""
+    parser.add_argument("--url", default=DEFAULT_URL, help=f"of the daemon (default {DEFAULT_URL})")
+    holder = "holds the token; otherwise the variable EDGE_AGENT_TOKEN does"
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help=holder)
+    parser.add_argument("--ca-file", type=Path, metavar="FILE", help="the authority of an https:// daemon, in PEM")
 
 
 def _infer(args: argparse.Namespace) -> int:
@@ -60,11 +75,12 @@ def _infer(args: argparse.Namespace) -> int:
         "deadline_ms": args.deadline_ms,
         "priority": args.priority,
         "variant": args.variant,
+        "accuracy": args.accuracy,
     }
     document |= {key: value for key, value in options.items() if value is not None}
     if args.no_cache:
         document["use_cache"] = False
-    code, answer = call(f"{args.url}/infer", document)
+    code, answer = call(args, "/infer", document)
     if args.json:
         print(json.dumps(answer, indent=2))
     elif code == 200:
@@ -76,10 +92,11 @@ def _infer(args: argparse.Namespace) -> int:
 
 def _show_answer(answer: dict[str, Any]) -> None:
     sure = "confidence unknown" if answer["confidence"] is None else f"{answer['confidence']:.1%} sure"
+    how = {"escalated": "; a small model was not", "held": "; no more accurate model answered"}
     earlier = "" if answer["same_input"] else ": answer to an earlier input"
     age = f", {answer['age_s']:.0f} s old" if answer["cached"] else ""
     stale = " STALE" if answer["stale"] else ""
-    print(f"{answer['label']}  ({sure}{earlier}{age}){stale}")
+    print(f"{answer['label']}  ({sure}{how.get(answer['escalation'], '')}{earlier}{age}){stale}")
     timing = answer["timing_ms"]
     print(f"  by       {answer['tier']} ({answer['target']}), {answer['provider']}")
     print(f"  model    {answer['model']}/{answer['variant']}  {answer['model_sha256'][:16]}")
@@ -105,7 +122,7 @@ def refused(answer: dict[str, Any]) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    code, status = call(f"{args.url}/status", None)
+    code, status = call(args, "/status", None)
     if args.json:
         print(json.dumps(status, indent=2))
         return EXIT_OK if code == 200 else EXIT_FAILED
@@ -194,14 +211,23 @@ def _decoded(data: bytes) -> Any:
         raise ValueError("is not JSON of any use: nested too deeply") from None
 
 
-def call(url: str, document: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
+def call(args: argparse.Namespace, path: str, document: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
     """HTTP status and decoded body. A daemon that cannot be reached exits with a sentence."""
+    url = f"{args.url}{path}"
     if not url.startswith(("http://", "https://")):
         raise SystemExit(f"edge-agent: {url}: must begin with http:// or https://")
     data = None if document is None else json.dumps(document).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310 scheme checked above
+    headers = {"Content-Type": "application/json"}
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:  # noqa: S310
+        token = os.environ.get("EDGE_AGENT_TOKEN") if args.token_file is None else args.token_file.read_text().strip()
+        context = ssl.create_default_context(cafile=args.ca_file) if url.startswith("https://") else None
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"edge-agent: {args.token_file or args.ca_file}: {error}") from None
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    request = urllib.request.Request(url, data, headers)  # noqa: S310 scheme checked above
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=context) as response:  # noqa: S310
             return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         try:
@@ -210,4 +236,4 @@ def call(url: str, document: dict[str, Any] | None) -> tuple[int, dict[str, Any]
             return error.code, {"error": {"code": str(error.code), "message": error.reason}}
     except (urllib.error.URLError, OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        raise SystemExit(f"edge-agent: no daemon answers at {url}: {reason}") from None
+        raise SystemExit(f"edge-agent: no daemon answers at {url.removesuffix(path)}: {reason}") from None

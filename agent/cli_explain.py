@@ -8,19 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from agent.cli_client import DEFAULT_URL, EXIT_FAILED, EXIT_OK, call, refused
+from agent.cli_client import EXIT_FAILED, EXIT_OK, add_connection, call, refused
 
 
 def add_parser(commands: Any) -> None:
     explain = commands.add_parser("explain", help="show how a request was decided: candidates, estimates, attempts")
     explain.add_argument("request_id", metavar="ID", help="the request_id of an answer or a refusal")
     explain.add_argument("--json", action="store_true", help="print the whole explanation")
-    explain.add_argument("--url", default=DEFAULT_URL, help=f"of the daemon (default {DEFAULT_URL})")
+    add_connection(explain)
     explain.set_defaults(run=_explain)
 
 
 def _explain(args: argparse.Namespace) -> int:
-    code, explanation = call(f"{args.url}/explain/{quote(args.request_id, safe='')}", None)
+    code, explanation = call(args, f"/explain/{quote(args.request_id, safe='')}", None)
     if args.json:
         print(json.dumps(explanation, indent=2))
         return EXIT_OK if code == 200 else EXIT_FAILED

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import importlib
-import json
 import statistics
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -18,7 +16,6 @@ from agent.core.errors import ConfigError, EdgeAgentError, LinkError, UnknownMod
 
 if TYPE_CHECKING:
     from agent.link.session import Session
-    from agent.wire.messages import Hello
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_CANNOT_OPEN = 0, 1, 2, 3
 
@@ -67,16 +64,35 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     ping.add_argument("--count", type=_positive, default=10, metavar="N", help="how many (default 10)")
     ping.add_argument("--size", type=_not_negative, default=0, metavar="BYTES", help="payload (default 0)")
 
-    push = actions.add_parser("push", parents=[line], help="send a model, verify it there and make it active")
+    push = actions.add_parser("push", parents=[line], help="send a model, prove it there and make it active")
     push.add_argument("model", metavar="FAMILY[/VARIANT] | FILE.tflite")
     push.add_argument("--catalog", type=Path, metavar="FILE", help="catalog.yaml; default: the one that ships")
     push.add_argument("--counter", type=_not_negative, metavar="N", help="version counter; default: the catalogue's")
     push.add_argument("--allow-downgrade", action="store_true", help="also if the board has a later version")
     push.add_argument("--force", action="store_true", help="also if it is active there; takes the other slot")
+    push.add_argument("--key", type=Path, metavar="FILE", help="sign with this private key")
+    push.add_argument("--signature", type=Path, metavar="FILE", help="default: MODEL.tflite.sig.json if it is there")
+    push.add_argument("--unsigned", action="store_true", help="do not look for a signature beside the model")
+    push.add_argument("--require-signed", action="store_true", help="as edge_mcu.require_signed_updates")
+    push.add_argument(
+        "--config", type=Path, metavar="FILE", help="policy, trusted keys and catalogue are those of FILE"
+    )
 
     bench = actions.add_parser("bench", parents=[line], help="round trips and throughput beside their floors")
     bench.add_argument("--rounds", type=_positive, default=500, metavar="N", help="of each measurement (default 500)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    bench.add_argument(
+        "--push",
+        type=_positive,
+        metavar="KIB",
+        help="also time an image of KIB KiB into the slot that is not active; what is there is lost",
+    )
+
+    stream = actions.add_parser("stream", parents=[line], help="what the board samples itself, line by line")
+    stream.add_argument("--seconds", type=_positive, default=10, metavar="N", help="how long (default 10)")
+    stream.add_argument("--interval-ms", type=_positive, default=100, metavar="N", help="between samples (default 100)")
+    stream.add_argument("--source", type=_not_negative, default=0, metavar="N", help="which sensor (default 0)")
+    stream.add_argument("--send-inputs", choices=("never", "always"), default="never", help="default never")
 
     actions.add_parser("reset", parents=[line], help="restart the board and wait until it is back")
     actions.add_parser("virtual", module="hil.virtual", help="run a microcontroller on a pseudo-terminal")
@@ -96,18 +112,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _on_line(args: argparse.Namespace) -> int:
-    from agent import cli_mcu_bench, cli_mcu_push
+    from agent import cli_mcu_bench, cli_mcu_info, cli_mcu_push, cli_mcu_stream
     from agent.link.serial import open_serial
     from agent.link.session import Session
     from agent.wire.codes import name_of
     from agent.wire.messages import Log
 
     actions: dict[str, Callable[[Session, argparse.Namespace, Clock], Awaitable[None]]] = {
-        "info": _info,
+        "info": cli_mcu_info.info,
         "ping": _ping,
         "reset": _reset,
         "push": cli_mcu_push.push,
         "bench": cli_mcu_bench.bench,
+        "stream": cli_mcu_stream.stream,
     }
 
     def show(line: Log) -> None:
@@ -116,7 +133,7 @@ async def _on_line(args: argparse.Namespace) -> int:
 
     # What is wrong with the command line or its files is said before the board is disturbed.
     if args.action == "push":
-        args.chosen = cli_mcu_push.choose(args)
+        args.plan = cli_mcu_push.prepare(args)
     clock = SystemClock()
     try:
         transport = await open_serial(args.port, args.baud or DEFAULT_BAUD)
@@ -135,49 +152,8 @@ async def _on_line(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-async def _info(session: Session, args: argparse.Namespace, clock: Clock) -> None:
-    hello = session.hello
-    if args.json:
-        print(json.dumps(_as_json(hello), indent=2))
-        return
-    from agent.wire.codes import Capability, name_of
-
-    print(f"board         {hello.board}, unique id {hello.uid:016x}")
-    print(f"firmware      {hello.build}, protocol {hello.major}.{hello.minor}")
-    print(f"engine        {hello.engine}, {len(hello.operators)} operators")
-    print(f"last reset    {name_of(hello.reset_cause).lower().replace('_', ' ')}, boot {hello.boot_id:016x}")
-    able = [bit.name.lower().replace("_", " ") for bit in Capability if bit in hello.capabilities and bit.name]
-    print(f"capabilities  {', '.join(able) or 'none'}")
-    print(f"memory        arena {hello.arena}, slots of {hello.slot_size} bytes")
-    print(f"line          frames of {hello.max_frame}, messages of {hello.max_message} bytes, window {hello.window}")
-    for slot in hello.slots:
-        print(f"slot {slot.index}        {name_of(slot.state).lower()}", end="")
-        if slot.length:
-            print(f", {slot.length} bytes, counter {slot.counter}, sha256 {slot.sha256.hex()}", end="")
-        if slot.runs:
-            print(f", inputs {slot.input_bytes}, outputs {slot.output_bytes}, arena {slot.arena_used} bytes", end="")
-        print()
-
-
-def _as_json(hello: Hello) -> dict[str, Any]:
-    from agent.wire.codes import Capability, name_of
-
-    fields = {field.name: getattr(hello, field.name) for field in dataclasses.fields(hello)}
-    slots = [
-        {field.name: getattr(slot, field.name) for field in dataclasses.fields(slot)}
-        | {"state": name_of(slot.state).lower(), "sha256": slot.sha256.hex()}
-        for slot in hello.slots
-    ]
-    return fields | {
-        "reset_cause": name_of(hello.reset_cause).lower(),
-        "boot_id": f"{hello.boot_id:016x}",
-        "uid": f"{hello.uid:016x}",
-        "capabilities": [bit.name.lower() for bit in Capability if bit in hello.capabilities and bit.name],
-        "slots": slots,
-    }
-
-
 async def _ping(session: Session, args: argparse.Namespace, clock: Clock) -> None:
+    from agent.cli_mcu_info import clock_words
     from agent.link.session import PING_OVERHEAD
 
     largest = session.hello.max_frame - PING_OVERHEAD
@@ -188,11 +164,9 @@ async def _ping(session: Session, args: argparse.Namespace, clock: Clock) -> Non
         for _ in range(args.count)
     ]
     times = sorted(ping.round_trip_s * 1e3 for ping in pings)
-    # The quickest exchange bounds the error of the offset best: half of its time on the line.
-    best = min(pings, key=lambda ping: ping.round_trip_s)
     print(f"{len(times)} pings of {args.size} bytes", end=": ")
     print(f"min {times[0]:.3f}, median {statistics.median(times):.3f}, max {times[-1]:.3f} ms")
-    print(f"clock offset {best.offset_s:+.6f} s, within {(best.round_trip_s - best.mcu_s) / 2 * 1e6:.0f} us")
+    print(f"the board's clock is {clock_words(session, clock)}")
 
 
 async def _reset(session: Session, args: argparse.Namespace, clock: Clock) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import platform
@@ -15,6 +14,7 @@ import tty
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
+from agent.cli_mcu_goodput import line_of, pipelined, transfer
 from agent.core.clock import Clock
 from agent.link.calls import Reply
 from agent.link.session import PING_OVERHEAD, Session
@@ -78,7 +78,10 @@ async def bench(session: Session, args: argparse.Namespace, clock: Clock) -> Non
             line = (reply.bytes_sent, reply.bytes_received)
             row = await _round_trips("infer", infer, line, echo, args)
             rows += [row | {"mcu_compute_us": reply.message.compute_us}]
-            rows += [await _pipelined(infer, session.window, line, args)]
+            tensors = (active.input_bytes, active.output_bytes)
+            rows += [await pipelined(infer, session.window, line, tensors, args.rounds, args.baud)]
+        if args.push is not None:
+            rows += [await transfer(session, args.push * 1024, clock, args.baud)]
     finally:
         echo.close()
     report = {
@@ -92,6 +95,7 @@ async def bench(session: Session, args: argparse.Namespace, clock: Clock) -> Non
         "measurements": rows,
     }
     print(f"{hello.board}, {hello.engine}, {args.rounds} rounds each; microseconds")
+    print("floors: the same bytes through a bare pseudo-terminal and back; on the wire, bytes x 10 / baud (--baud)")
     for row in rows:
         print(_line(row))
     if args.json is not None:
@@ -133,25 +137,6 @@ async def _round_trips(
     return row | _against_wire(sum(line), p50, args.baud)
 
 
-async def _pipelined(
-    exchange: Callable[[], Awaitable[object]], window: int, line: tuple[int, int], args: argparse.Namespace
-) -> dict[str, Any]:
-    """As many at once as the window holds."""
-
-    async def lane() -> None:
-        for _ in range(max(1, args.rounds // window)):
-            await exchange()
-
-    began = time.perf_counter()
-    await asyncio.gather(*(lane() for _ in range(window)))
-    took_s = time.perf_counter() - began
-    count = max(1, args.rounds // window) * window
-    each_s = took_s / count
-    row = {"name": f"infer, {window} at once", "per_second": round(count / took_s, 1), "each_us": _us(each_s)}
-    # Both directions carry at once: the longer one sets the pace.
-    return row | _against_wire(max(line), each_s, args.baud)
-
-
 def _against_wire(count: int, took_s: float, baud: int | None) -> dict[str, float]:
     if baud is None:
         return {}
@@ -160,13 +145,12 @@ def _against_wire(count: int, took_s: float, baud: int | None) -> dict[str, floa
 
 
 def _line(row: dict[str, Any]) -> str:
-    if "per_second" in row:
-        text = f"{row['name']:18} {row['per_second']:9.1f} per second"
-    else:
-        text = (
-            f"{row['name']:18} p50 {row['p50_us']:8.1f}  p95 {row['p95_us']:8.1f}  "
-            f"bare pty echo {row['pty_echo_p50_us']:7.1f}  ratio {row['ratio_to_pty_echo']:.2f}"
-        )
+    if "payload_bytes" in row:
+        return line_of(row)
+    text = (
+        f"{row['name']:18} p50 {row['p50_us']:8.1f}  p95 {row['p95_us']:8.1f}  "
+        f"bare pty echo {row['pty_echo_p50_us']:7.1f}  ratio {row['ratio_to_pty_echo']:.2f}"
+    )
     if "wire_floor_us" in row:
         text += f"  wire {row['wire_floor_us']:.1f}  ratio {row['ratio_to_wire_floor']:.2f}"
     return text

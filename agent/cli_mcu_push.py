@@ -1,66 +1,129 @@
-"""`edge-agent mcu push`: which model, and what the board made of it."""
+"""`edge-agent mcu push`: which model, under whose signature, and what the board made of it."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-import numpy as np
-
+from agent.cli_image import Chosen, choose
 from agent.core.clock import Clock
-from agent.core.errors import ConfigError
+from agent.core.errors import EdgeAgentError
+from agent.link.calls import RemoteError
 from agent.link.push import ModelImage, push_model
 from agent.link.session import Session
-from agent.registry.catalog import Catalog, Variant, load_catalog
-from agent.registry.locate import catalog_path
-from agent.wire.codes import name_of
+from agent.registry.model_validator import ModelInvalid, validate_model
+from agent.registry.signing import PrivateKey, PublicKey, SignedManifest, SigningError, load_public
+from agent.wire.codes import Capability, ErrorCode, SlotState, name_of
+from agent.wire.update import ALLOW_LOWER_COUNTER
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
-    """What to push. `variant` is None for a file that the catalogue does not know."""
+class Policy:
+    """What of the configuration decides about an update."""
 
-    model: bytes
-    variant: Variant | None
-    selftest: bytes
-    catalog: Catalog
+    require_signed: bool
+    trusted: tuple[PublicKey, ...]
 
 
-def choose(args: argparse.Namespace) -> Chosen:
-    """Find the model that the command line names. Raises `ConfigError` or `UnknownModel`."""
-    catalog = load_catalog(catalog_path(args.catalog), verify=False)
-    if args.model.endswith(".tflite"):
-        model = _read(Path(args.model))
-        variant = catalog.by_sha256(_sha256(model))
-    else:
-        name, _, id_ = args.model.partition("/")
-        family = catalog.family(name)
-        variant = family.variant_for("edge_mcu", id_ or None)
-        if variant is None:
-            able = [v.name for v in family.variants.values() if "edge_mcu" in v.targets]
-            raise ConfigError(
-                [f"{args.model}: not a variant for microcontrollers; {name} has: {', '.join(able) or '-'}"]
-            )
-        model = _read(catalog.path(variant))
-        if _sha256(model) != variant.sha256:
-            raise ConfigError([f"{catalog.path(variant)}: is not the file that the catalogue records"])
-    selftest = b"" if variant is None or variant.selftest is None else _selftest(catalog.root / variant.selftest)
-    return Chosen(model, variant, selftest, catalog)
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that is known before the board is asked. `signed` and `key`: at most one of them."""
+
+    chosen: Chosen
+    policy: Policy
+    signed: SignedManifest | None
+    key: PrivateKey | None
+
+    @property
+    def key_id(self) -> str:
+        """Of the signature; empty if there is none."""
+        if self.key is not None:
+            return self.key.public.id
+        return self.signed.key_id if self.signed is not None else ""
+
+
+def prepare(args: argparse.Namespace) -> Plan:
+    """Read all files that the command line names. Raises `ConfigError`, `UnknownModel`, `SigningError`."""
+    policy = _policy(args)
+    chosen = choose(args)
+    key = PrivateKey.load(args.key) if args.key is not None else None
+    path = args.signature
+    if path is None and key is None and not args.unsigned and chosen.signature_path.exists():
+        path = chosen.signature_path
+    signed = SignedManifest.load(path) if path is not None else None
+    if signed is not None:
+        for option, given in (("--counter", args.counter is not None), ("--allow-downgrade", args.allow_downgrade)):
+            if given:
+                raise SigningError(f"{option}: is part of what {path} signed, and cannot be given with it")
+        signed.check_image(chosen.model, chosen.selftest)
+    if policy.trusted:
+        if signed is not None:
+            signed.check(chosen.model, chosen.selftest, policy.trusted)
+        elif key is not None and key.public not in policy.trusted:
+            raise SigningError(f"{args.key}: is not among models.trusted_keys")
+    return Plan(chosen, policy, signed, key)
+
+
+def _policy(args: argparse.Namespace) -> Policy:
+    if args.config is None:
+        return Policy(args.require_signed, ())
+    from agent.config_load import load_config
+
+    config = load_config(args.config)
+    if args.catalog is None:
+        args.catalog = config.models.catalog
+    trusted = tuple(load_public(text) for text in config.models.trusted_keys)
+    return Policy(args.require_signed or config.edge_mcu.require_signed_updates, trusted)
 
 
 async def push(session: Session, args: argparse.Namespace, clock: Clock) -> None:
-    """Send `args.chosen`, unless it is active already. Raises as `push_model`."""
-    chosen: Chosen = args.chosen
-    name = chosen.variant.name if chosen.variant is not None else args.model
+    """Send `args.plan`, unless it is active already. Raises as `push_model`, and `SigningError` where the policy or the
+    board wants a signature that is not there."""
+    plan: Plan = args.plan
+    name = plan.chosen.name
     active = session.hello.active
+    image = _image(session, args, plan)
     # Pushing would overwrite the model to go back to. A counter is another only if the command line says so.
-    same = active is not None and active.sha256.hex() == _sha256(chosen.model)
+    same = active is not None and active.state == SlotState.ACTIVE and active.sha256 == image.model_sha256
     if active is not None and same and args.counter in (None, active.counter) and not args.force:
         print(f"{name}: already active in slot {active.index}, nothing was written; --force sends it again")
         return
+    _allowed(session, plan)
+    _validated(session, image, name)
+    print(f"{name}: {len(image.model)} bytes, self-test {len(image.selftest)} bytes, counter {image.counter}", end="")
+    print(f", signed with key {plan.key_id}" if plan.key_id else ", not signed")
+    began = clock.monotonic()
+    progress = _Progress()
+    try:
+        status = await push_model(session, image, clock, progress.show, _then(progress.end, print))
+    except RemoteError as error:
+        raise _explained(error, plan) from None
+    finally:
+        progress.end()
+    took_s = clock.monotonic() - began
+    how = "verified by the board" if session.hello.trial_s == 0 else "verified by the board, proved and confirmed"
+    print(f"slot {status.slot} {name_of(status.state).lower()}, {how} after {took_s:.2f} s", end="")
+    print(f" ({progress.resumed_at} bytes were there already)" if progress.resumed_at else "")
+
+
+def _image(session: Session, args: argparse.Namespace, plan: Plan) -> ModelImage:
+    chosen, active = plan.chosen, session.hello.active
+    if plan.signed is not None:
+        manifest = plan.signed.manifest
+        image = chosen.image(
+            manifest.counter,
+            allow_lower_counter=bool(manifest.flags & ALLOW_LOWER_COUNTER),
+            board=manifest.board,
+        )
+        return replace(
+            image,
+            arena=manifest.arena,
+            tolerance=manifest.selftest_tolerance,
+            operators=manifest.operators,
+            sign=plan.signed.sign,
+        )
     running = chosen.catalog.by_sha256(active.sha256.hex()) if active is not None else None
     if args.counter is not None:
         counter = args.counter
@@ -70,22 +133,52 @@ async def push(session: Session, args: argparse.Namespace, clock: Clock) -> None
         counter = active.counter + 1 if active is not None else 1
     # Versions are comparable within one variant only: another one replaces it whatever its number.
     other = chosen.variant is not None and running is not None and running.name != chosen.variant.name
-    image = ModelImage(
-        model=chosen.model,
-        counter=counter,
-        arena=chosen.variant.arena_bytes or 0 if chosen.variant is not None else 0,
-        selftest=chosen.selftest,
-        allow_lower_counter=args.allow_downgrade or other,
-    )
-    print(f"{name}: {len(image.model)} bytes, self-test {len(image.selftest)} bytes, counter {counter}")
-    began = clock.monotonic()
-    progress = _Progress()
-    status = await push_model(session, image, clock, progress.show)
-    progress.end()
-    took_s = clock.monotonic() - began
-    state = name_of(status.state).lower()
-    print(f"slot {status.slot} {state}, verified by the board after {took_s:.2f} s", end="")
-    print(f" ({progress.resumed_at} bytes were there already)" if progress.resumed_at else "")
+    image = chosen.image(counter, allow_lower_counter=args.allow_downgrade or other)
+    return replace(image, sign=plan.key.sign) if plan.key is not None else image
+
+
+def _allowed(session: Session, plan: Plan) -> None:
+    """Raises `SigningError` for what the gateway's policy forbids, and for what the board would refuse anyway."""
+    verifies = Capability.ED25519 in session.hello.capabilities
+    if plan.policy.require_signed and not verifies:
+        raise SigningError(
+            "this board does not verify signatures, and edge_mcu.require_signed_updates is set: it is not updated"
+        )
+    if not plan.key_id and (verifies or plan.policy.require_signed):
+        why = "this board takes signed models only" if verifies else "edge_mcu.require_signed_updates is set"
+        raise SigningError(f"{why}: sign it with edge-agent models sign, or give --key FILE")
+    if plan.key_id and not verifies:
+        print("note: this board does not verify signatures, and takes the model unchecked")
+
+
+def _validated(session: Session, image: ModelImage, name: str) -> None:
+    """Raises `ModelInvalid` for what the board would refuse once it had received all of it."""
+    hello = session.hello
+    if not hello.operators:
+        return  # it has no engine, and says so itself
+    try:
+        validate_model(image.model, hello.operators, hello.max_message)
+    except ModelInvalid as refused:
+        raise ModelInvalid(f"{name}: not sent, the board would refuse it: {refused}", refused.code) from None
+
+
+def _explained(error: RemoteError, plan: Plan) -> EdgeAgentError:
+    """With what a person may do about it."""
+    if error.code == ErrorCode.DOWNGRADE and plan.signed is not None:
+        return SigningError(
+            f"{error}: the signature does not allow it; sign it with a higher --counter, or with --allow-downgrade"
+        )
+    if error.code == ErrorCode.SIGNATURE and plan.key_id:
+        return SigningError(f"{error}: the board trusts another key than {plan.key_id}")
+    return error
+
+
+def _then(first: Callable[[], None], second: Callable[[str], None]) -> Callable[[str], None]:
+    def both(text: str) -> None:
+        first()
+        second(text)
+
+    return both
 
 
 class _Progress:
@@ -93,33 +186,16 @@ class _Progress:
 
     def __init__(self) -> None:
         self.resumed_at: int | None = None
+        self._open = False
 
     def show(self, received: int, total: int) -> None:
         if self.resumed_at is None:
             self.resumed_at = received
         if sys.stderr.isatty():
+            self._open = True
             print(f"\r{received * 100 // total:3} % of {total} bytes", end="", file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        if sys.stderr.isatty():
+        if self._open:
+            self._open = False
             print(file=sys.stderr)
-
-
-def _selftest(path: Path) -> bytes:
-    """First sample of the catalogue's self-test vectors, as the page wants it: input bytes, expected output bytes."""
-    try:
-        with np.load(path, allow_pickle=False) as vectors:
-            return bytes(vectors["inputs"][0].tobytes() + vectors["outputs"][0].tobytes())
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise ConfigError([f"{path}: is no self-test of a model: {error}"]) from None
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

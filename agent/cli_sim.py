@@ -38,13 +38,16 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser], l
 
 
 def add_benches(bench: argparse.ArgumentParser, later: Later) -> None:
-    """`edge-agent bench routing | simulator | tiers`."""
+    """`edge-agent bench routing | simulator | tiers | record`."""
     kinds = bench.add_subparsers(dest="kind", required=False, metavar="KIND")
 
     routing = kinds.add_parser("routing", help="routing beside its rivals and an oracle, on simulated workloads")
     routing.set_defaults(run=later("hil.sim.bench_routing"))
     routing.add_argument("--seconds", type=float, default=120.0, metavar="N", help="of each workload (default 120)")
     routing.add_argument("--seed", type=int, default=1, metavar="N")
+    routing.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="play what must hold with N seeds: mean and range (default 1)"
+    )
     routing.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the figures there (needs the extra proof)")
     routing.add_argument("--page", type=Path, metavar="FILE", help="write the figures into this page (docs/)")
     routing.add_argument("--validate", action="store_true", help="the same as `bench simulator`")
@@ -52,15 +55,22 @@ def add_benches(bench: argparse.ArgumentParser, later: Later) -> None:
 
     simulator = kinds.add_parser("simulator", help="the simulator beside the real daemon on the same requests")
     simulator.set_defaults(run=later("hil.sim.validate"))
-    simulator.add_argument("--seconds", type=float, default=20.0, metavar="N", help="of each run (default 20)")
+    simulator.add_argument("--seconds", type=float, default=40.0, metavar="N", help="of each run (default 40)")
     simulator.add_argument("--runs", type=int, default=3, metavar="N", help="the median of so many counts (default 3)")
     simulator.add_argument("--seed", type=int, default=1, metavar="N")
     simulator.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    simulator.add_argument("--page", type=Path, metavar="FILE", help="write the figures into this page (docs/)")
 
     tiers = kinds.add_parser("tiers", help="measure every tier and variant on the real daemon, for the simulator")
     tiers.set_defaults(run=later("hil.sim.bench_tiers"))
     tiers.add_argument("--samples", type=int, default=400, metavar="N", help="of each variant (default 400)")
     tiers.add_argument("--json", type=Path, metavar="FILE", help="write them here: what --times takes")
+
+    record = kinds.add_parser("record", help="record a trace of the standard mix by the real daemon")
+    record.set_defaults(run=later("hil.sim.bench_record"))
+    record.add_argument("--seconds", type=float, default=40.0, metavar="N", help="how long (default 40)")
+    record.add_argument("--seed", type=int, default=1, metavar="N")
+    record.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write it, compressed: *.gz")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

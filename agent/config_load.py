@@ -22,7 +22,9 @@ from agent.core.documents import NotYaml, parse_yaml, read_yaml
 from agent.core.errors import ConfigError
 
 ENV_PREFIX = "EDGE_AGENT__"
-OTHER_VARIABLES = frozenset(f"EDGE_AGENT_{name}" for name in ("EXTRAS", "NO_APT", "FIRMWARE", "TEST_PORT", "TEST_BAUD"))
+OTHER_VARIABLES = frozenset(
+    f"EDGE_AGENT_{name}" for name in ("EXTRAS", "NO_APT", "FIRMWARE", "TEST_PORT", "TEST_BAUD", "TOKEN")
+)
 """Variables of the scripts and tests, which are no settings."""
 MAX_CONFIG_BYTES = 1_000_000
 MAX_DEPTH = 16
@@ -113,15 +115,16 @@ def _too_small(config: Config) -> Iterator[str]:
 
 def _unworkable(config: Config) -> Iterator[dict[str, Any]]:
     """What is valid in itself and cannot work: files that are not there, topics that are taken. Creates nothing."""
-    requests = ("edge", config.gateway.id, "infer", "+")
+    requests = ("edge", config.gateway.id, "infer", "+", "+")
     for topic in config.sensors:
         levels = topic.split("/")
         if levels[:2] == [*requests[:2]] or (
-            len(levels) == 4 and all(level in ("+", own) for level, own in zip(levels, requests, strict=True))
+            len(levels) in (4, 5) and all(level in ("+", own) for level, own in zip(levels, requests, strict=False))
         ):
             yield _fault(
                 ("sensors", topic), "among the daemon's own topics, edge/{gateway.id}/…; readings need another"
             )
+    yield from _unreadable_secrets(config)
     brokers: list[tuple[At, BrokerSection]] = [(("mqtt",), config.mqtt)] if config.mqtt.enabled else []
     brokers += [(("cloud", "lanes", str(index)), lane) for index, lane in enumerate(config.cloud.lanes)]
     for at, broker in brokers:
@@ -132,6 +135,22 @@ def _unworkable(config: Config) -> Iterator[dict[str, Any]]:
     state_dir = config.gateway.state_dir
     if not _nearest(state_dir).is_dir():
         yield _fault(("gateway", "state_dir"), "must be a folder: it, or what is around it, is a file", state_dir)
+
+
+def _unreadable_secrets(config: Config) -> Iterator[dict[str, Any]]:
+    """Certificates and keys of the doors."""
+    files: dict[At, Path] = {}
+    if config.http.enabled and config.http.tls is not None:
+        files["http", "tls", "cert_file"] = config.http.tls.cert_file
+        files["http", "tls", "key_file"] = config.http.tls.key_file
+    if config.security.jwt is not None:
+        for index, key in enumerate(config.security.jwt.keys):
+            files["security", "jwt", "keys", str(index), "key_file"] = key.key_file
+    if config.security.audit.key_file is not None:
+        files["security", "audit", "key_file"] = config.security.audit.key_file
+    for at, path in files.items():
+        if reason := _unreadable(path):
+            yield _fault(at, f"cannot be read: {reason}", path)
 
 
 def _fault(at: At, message: str, found: object = None) -> dict[str, Any]:
@@ -204,7 +223,7 @@ def _apply_environment(tree: dict[str, Any], environ: Mapping[str, str]) -> dict
     for variable in sorted(key for key in environ if key.startswith(ENV_PREFIX)):
         keys = tuple(variable[len(ENV_PREFIX) :].lower().split("__"))
         value: Any = environ[variable]
-        if not _SECRET_KEY.search(keys[-1]):
+        if not _SECRET_KEY.search(keys[-1]) or keys[-1] == "tokens":  # a list, which holds hashes
             with suppress(NotYaml):  # or it stays text, such as [::1]:8080
                 value = parse_yaml(value)
         _set(tree, keys, value, variable)

@@ -140,6 +140,12 @@ class Pipeline:
             reasons=("daemon: answered before under the same idempotency key", *result.reasons),
         )
 
+    def observed(self, result: InferenceResult) -> None:
+        """Count and show an answer that nobody asked for: a board's own."""
+        self._metrics.started()
+        self._metrics.answered(result)
+        self.recent.append((self._clock.wall(), result))
+
     async def drained(self, timeout_s: float) -> bool:
         """Wait until nothing is in flight, at most `timeout_s`. False if something still is."""
         try:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, field_validator, model_validator
 
@@ -18,7 +18,7 @@ from agent.config.base import NAME_PATTERN, TOPIC_PATTERN, ClassName, Name, Prio
 from agent.config.broker import BrokerSection, check_broker_url, check_topic_filter
 from agent.config.budgets import AmountsSection, BudgetsSection
 from agent.config.cascade import AccuracyName, AccuracySection, DriftSection, ShadowSection
-from agent.config.doors import HttpSection, MqttSection, SensorSection
+from agent.config.doors import HttpSection, MqttSection, SensorSection, TlsSection
 from agent.config.outbox import DurableSections, OutboxSection, UplinkSection
 from agent.config.overload import ClassShares, LimitSection, OverloadSection, WaitingSection
 from agent.config.routing import (
@@ -30,6 +30,20 @@ from agent.config.routing import (
     RoutingSection,
     UtilityWeights,
 )
+from agent.config.security import (
+    AuditField,
+    AuditSection,
+    JwtKeySection,
+    JwtSection,
+    LimitsSection,
+    Masking,
+    ProducerSection,
+    RateSection,
+    Role,
+    SecuritySection,
+    TokenSection,
+)
+from agent.config.streams import StreamSection
 from agent.config.tiers import CloudSection, GpuSection, LaneSection, McuSection
 
 __all__ = [
@@ -38,6 +52,8 @@ __all__ = [
     "AccuracyName",
     "AccuracySection",
     "AmountsSection",
+    "AuditField",
+    "AuditSection",
     "BreakerSection",
     "BrokerSection",
     "BudgetsSection",
@@ -51,9 +67,13 @@ __all__ = [
     "GatewaySection",
     "GpuSection",
     "HttpSection",
+    "JwtKeySection",
+    "JwtSection",
     "LaneSection",
     "LatencyThresholds",
     "LimitSection",
+    "LimitsSection",
+    "Masking",
     "McuSection",
     "ModelSizeThresholds",
     "ModelsSection",
@@ -64,11 +84,18 @@ __all__ = [
     "OverloadSection",
     "ParameterThresholds",
     "Priority",
+    "ProducerSection",
+    "RateSection",
+    "Role",
     "RoutingSection",
     "Section",
+    "SecuritySection",
     "SensorSection",
     "ShadowSection",
+    "StreamSection",
     "Substituted",
+    "TlsSection",
+    "TokenSection",
     "Topic",
     "UplinkSection",
     "UtilityWeights",
@@ -96,6 +123,9 @@ class GatewaySection(Section):
 class ModelsSection(Section):
     catalog: Path | None = None
     """`catalog.yaml`; None: the one that ships."""
+    trusted_keys: tuple[Annotated[str, Field(min_length=1, max_length=4096)], ...] = Field(default=(), max_length=16)
+    """Public Ed25519 keys whose signatures of models count: names of PEM files, or 64 hex digits each. Empty: the board
+    decides alone."""
 
 
 class FallbackSection(Section):
@@ -158,6 +188,8 @@ class Config(DurableSections):
     mqtt: MqttSection = MqttSection()
     http: HttpSection = HttpSection()
     monitoring: MonitoringSection = MonitoringSection()
+    security: SecuritySection = SecuritySection()
+    producers: Mapping[Name, ProducerSection] = Field(default_factory=dict, max_length=4096)
     sensors: Mapping[str, SensorSection] = Field(default_factory=dict)
 
     @field_validator("sensors", mode="after")
@@ -167,9 +199,14 @@ class Config(DurableSections):
             check_topic_filter(topic)
         return MappingProxyType(dict(sensors))
 
-    @field_serializer("sensors", mode="wrap")
-    def _plain(self, sensors: Mapping[str, SensorSection], dump: SerializerFunctionWrapHandler) -> Any:
-        return dump(dict(sensors))
+    @field_validator("producers", mode="after")
+    @classmethod
+    def _frozen(cls, producers: Mapping[Name, ProducerSection]) -> Mapping[Name, ProducerSection]:
+        return MappingProxyType(dict(producers))
+
+    @field_serializer("producers", "sensors", mode="wrap")
+    def _plain(self, entries: Mapping[str, Section], dump: SerializerFunctionWrapHandler) -> Any:
+        return dump(dict(entries))
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -177,8 +214,19 @@ class Config(DurableSections):
             raise ValueError("no tier can answer: configure edge_mcu.ports, edge_gpu or cloud.lanes")
         if not self.http.enabled and not self.mqtt.enabled:
             raise ValueError("no door is open: enable http or mqtt")
+        if self.http.enabled and not self.http.on_loopback and not self.security.has_tokens:
+            raise ValueError(
+                f"http.host {self.http.host!r} is not loopback: give security.tokens or security.jwt "
+                "(`edge-agent token new` makes a token)"
+            )
         if self.sensors and not self.mqtt.enabled:
             raise ValueError("sensors need mqtt.enabled: true")
+        if self.edge_mcu.streams and not self.mqtt.enabled:
+            raise ValueError("edge_mcu.streams need mqtt.enabled: true")
+        return self
+
+    @model_validator(mode="after")
+    def _durable(self) -> Self:
         if self.outbox.enabled and not self.mqtt.enabled:
             raise ValueError("outbox needs mqtt.enabled: true: results are delivered there")
         if self.uplink.lane is not None and self.uplink.lane not in [lane.name for lane in self.cloud.lanes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -20,6 +21,17 @@ class MqttSection(BrokerSection):
     max_payload_bytes: int = Field(default=1 << 20, ge=64, le=256 << 20)
     max_in_flight: int = Field(default=128, ge=1, le=65_535)
     """Messages from the broker that are being answered at once (the MQTT 5 Receive Maximum)."""
+    shared_requests: bool = True
+    """Whether `edge/{gateway}/infer/{model}` is open, where a request itself says who asks. False: only
+    `edge/{gateway}/infer/{model}/{producer}`, which the broker's access list can tie to a certificate."""
+
+
+class TlsSection(Section):
+    """The daemon's own certificate, for TLS 1.3."""
+
+    cert_file: Path
+    """PEM: the certificate, then those between it and the authority's."""
+    key_file: Path
 
 
 class HttpSection(Section):
@@ -28,13 +40,20 @@ class HttpSection(Section):
     port: int = Field(default=8080, ge=0, le=65_535)
     """0: any free port, printed in the log."""
     max_body_bytes: int = Field(default=1 << 20, ge=64, le=256 << 20)
-    allow_remote: bool = False
-    """Listen on an address other than loopback, without authentication. Put a proxy in front that has it."""
+    max_connections_per_address: int = Field(default=64, ge=1, le=512)
+    """Of another machine's connections at once; one more is closed unanswered."""
+    tls: TlsSection | None = None
+    allow_plaintext: bool = False
+    """Listen on an address other than loopback without TLS: tokens, questions and answers can be read on the way."""
+
+    @property
+    def on_loopback(self) -> bool:
+        return self.host in ("127.0.0.1", "::1", "localhost")
 
     @model_validator(mode="after")
-    def _loopback(self) -> Self:
-        if not self.allow_remote and self.host not in ("127.0.0.1", "::1", "localhost"):
-            raise ValueError(f"host {self.host!r} is not loopback: set allow_remote: true if that is meant")
+    def _remote(self) -> Self:
+        if not self.on_loopback and self.tls is None and not self.allow_plaintext:
+            raise ValueError(f"host {self.host!r} is not loopback: give tls, or allow_plaintext: true if that is meant")
         return self
 
 

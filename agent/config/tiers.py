@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from agent.config.base import Name, Section, Topic
 from agent.config.broker import BrokerSection
 from agent.config.budgets import AmountsSection
+from agent.config.streams import StreamSection
 
 
 class McuSection(Section):
@@ -20,7 +21,11 @@ class McuSection(Section):
     max_concurrent: int = Field(default=4, ge=1, le=64)
     """Open requests for each microcontroller; the window it advertises may lower it."""
     health_check_interval: float = Field(default=5, gt=0, le=3600)
-    """Seconds between PINGs on an idle line."""
+    """Seconds between PINGs."""
+    require_signed_updates: bool = False
+    """Boards that do not verify Ed25519 are not updated, and a trial of theirs is not confirmed."""
+    streams: tuple[StreamSection, ...] = Field(default=(), max_length=64)
+    """One for each board that samples a sensor of its own."""
 
     @model_validator(mode="before")
     @classmethod
@@ -38,6 +43,21 @@ class McuSection(Section):
         if len(set(ports)) != len(ports):
             raise ValueError("names the same port twice")
         return ports
+
+    @model_validator(mode="after")
+    def _streams(self) -> Self:
+        names = [stream.name for stream in self.streams]
+        if len(set(names)) != len(names):
+            raise ValueError("streams: two have the same name")
+        boards = [(stream.port, stream.uid) for stream in self.streams]
+        if len(set(boards)) != len(boards):
+            raise ValueError("streams: two are of the same board, which has one at a time")
+        for stream in self.streams:
+            if stream.port is not None and stream.port not in self.ports:
+                raise ValueError(f"streams: port {stream.port} of {stream.name} is none of ports")
+            if stream.port is None and stream.uid is None and len(self.ports) != 1:
+                raise ValueError(f"streams: {stream.name} needs port or uid, as there is not exactly one port")
+        return self
 
 
 class GpuSection(Section):

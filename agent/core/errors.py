@@ -4,10 +4,14 @@
     ├── ConfigError            the configuration or the catalogue cannot be used
     ├── InferenceError         what a caller is told when there is no answer (has a code and an HTTP status)
     │   ├── InvalidRequest     400  names the field, what was found, what is allowed
+    │   ├── Unauthorized       401  no token, or one that is not valid here
+    │   ├── Forbidden          403  the token is valid and does not allow this
     │   ├── UnknownModel       404
     │   ├── Overloaded         429  a bounded queue is full
     │   │   └── OutboxFull     429  the outbox is, and its policy is to refuse
     │   ├── NotStored          503  a durable request could not be put on the disk
+    │   ├── RateLimited        429  this caller or producer asks more often than it may
+    │   ├── AuditUnavailable   503  the audit trail cannot be written, and `audit.on_full` says refuse
     │   ├── Unavailable        503  every target failed or none could be asked, and nothing is cached
     │   └── DeadlineExceeded   504  time ran out, and nothing is cached
     ├── TargetError            why one attempt on one target failed; routing goes on to the next target
@@ -90,6 +94,20 @@ class InvalidRequest(InferenceError):
     http_status = 400
 
 
+class Unauthorized(InferenceError):
+    """Nobody knows who asks. The message is the same whatever is wrong with the token."""
+
+    code = "unauthorized"
+    http_status = 401
+
+
+class Forbidden(InferenceError):
+    """It is known who asks, and that they may not."""
+
+    code = "forbidden"
+    http_status = 403
+
+
 class UnknownModel(InferenceError):
     """The catalogue has no such model or variant."""
 
@@ -114,6 +132,20 @@ class NotStored(InferenceError):
     """A durable request could not be put on the disk, so it was not accepted."""
 
     code = "not_stored"
+    http_status = 503
+
+
+class RateLimited(InferenceError):
+    """Asked more often than is allowed; `retry_after_s` says when one more request will be taken."""
+
+    code = "rate_limited"
+    http_status = 429
+
+
+class AuditUnavailable(InferenceError):
+    """Nothing may be answered that cannot be put on record."""
+
+    code = "audit_unavailable"
     http_status = 503
 
 

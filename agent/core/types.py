@@ -85,6 +85,8 @@ class InferenceRequest:
     """Cloud regions that may see the inputs. Empty: any."""
     use_cache: bool = True
     """Whether a fresh cached answer to the same input will do. A stale one is always better than none."""
+    avoid: frozenset[Tier] = frozenset()
+    """Tiers that are not asked: they gave the answer that this request is to improve on."""
     accuracy: AccuracyMode = AccuracyMode.ADAPTIVE
     explain: bool = False
     """Whether the answer is to carry how its target was chosen."""
@@ -99,6 +101,8 @@ class InferenceRequest:
     """Whether the answer is also passed on to the cloud."""
     notes: tuple[str, ...] = ()
     """What is odd about the inputs, in words; they head the reasons of the answer."""
+    asked_by: str = ""
+    """As whom the door knows the caller, for the record: `security.identity`."""
 
 
 class TargetAnswer(NamedTuple):
@@ -147,7 +151,7 @@ class InferenceResult(NamedTuple):
     """One answer, and everything a caller needs to decide how far to trust it.
 
     `tier` is where it was computed, or `fallback` when it is a stale cache entry; `origin_tier` is where it was
-    computed in either case. `age_s` is 0 unless `cached`.
+    computed in either case. `age_s` is 0 unless `cached`, or streamed by a board: then it is the age of the sample.
     """
 
     request_id: str

@@ -12,6 +12,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from dataclasses import replace as replace_in
 from typing import Any
 
 from agent.config import OutboxSection
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 PAGE_ROWS = 16
 IDLE_S = 10.0
+Regions = Callable[[str, frozenset[str]], frozenset[str]]
+"""Which regions may see what a producer asks, of those that its request allows: by today's rules."""
 FINAL = (InvalidRequest, UnknownModel)
 """Refusals that would be the same again."""
 
@@ -63,7 +66,8 @@ class _Producer:
 
 
 class Asker:
-    """`infer` is the core's. `uplink_topic` says where the answer to a request is passed on to; None: nowhere."""
+    """`infer` and `regions` are the core's. `uplink_topic` says where the answer to a request is passed on to; None:
+    nowhere."""
 
     def __init__(
         self,
@@ -74,6 +78,7 @@ class Asker:
         clock: Clock,
         *,
         uplink_topic: Callable[[InferenceRequest], str | None] = lambda request: None,
+        regions: Regions = lambda producer, asked: asked,
         chance: Callable[[], float] = random.random,
     ) -> None:
         self.counters = _Counters()
@@ -83,6 +88,7 @@ class Asker:
         self._settings = settings
         self._clock = clock
         self._uplink_topic = uplink_topic
+        self._regions = regions
         self._chance = chance
         self._pace = Pace(settings.drain_per_s)
         self._producers: dict[str, _Producer] = {}
@@ -214,6 +220,7 @@ class Asker:
             if not stored.whole:
                 raise InvalidRequest("(stored request): its checksum is wrong")
             request, back = stored_request(stored, self._catalog, now)
+            request = replace_in(request, allowed_regions=self._regions(request.producer, request.allowed_regions))
         except FINAL as error:
             found = return_of(stored)
             if found is None:

@@ -13,11 +13,12 @@ from agent.config import Config
 from agent.core.clock import Clock
 from agent.core.errors import InferenceError, InvalidRequest
 from agent.core.types import InferenceRequest, InferenceResult
-from agent.durable.asker import Asker, put
+from agent.durable.asker import Asker, Regions, put
 from agent.durable.records import ASK, LOCAL, UPLINK, Return, request_item, uplink_item
 from agent.durable.sender import Sender
 from agent.link.mqtt import MqttLink, link_options
 from agent.registry.catalog import Catalog
+from agent.security.audit import Audit
 from agent.store.outbox import Outbox, Receipt
 from agent.store.outbox_file import Step
 from agent.supervisor import Component, ComponentState, Supervisor
@@ -40,7 +41,8 @@ class Door(Protocol):
 
 
 class Desk:
-    """One for each daemon that has an outbox. `step` is told each step of an item's life."""
+    """One for each daemon that has an outbox. `audit` records what is accepted; `askable` names the targets that can
+    be asked now; `regions` is as in `Asker`; `step` is told each step of an item's life."""
 
     def __init__(
         self,
@@ -50,10 +52,15 @@ class Desk:
         catalog: Catalog,
         clock: Clock,
         *,
+        audit: Audit | None = None,
+        askable: Callable[[], frozenset[str]] = frozenset,
+        regions: Regions = lambda producer, asked: asked,
         step: Step = lambda name: None,
     ) -> None:
         settings = config.outbox
         self._clock = clock
+        self._audit = audit
+        self._askable = askable
         self._prefix = f"edge/{config.gateway.id}"
         self.outbox = Outbox(folder / "outbox.sqlite", settings, clock, deliver=self._deliver, step=step)
         self.outbox.stored = self._stored
@@ -92,7 +99,9 @@ class Desk:
                 expiry_s=None if expiry_s is None else lambda age_s: expiry_s,
                 step=step,
             )
-        self.asker = Asker(self.outbox, infer, catalog, settings, clock, uplink_topic=self.uplink_topic)
+        self.asker = Asker(
+            self.outbox, infer, catalog, settings, clock, uplink_topic=self.uplink_topic, regions=regions
+        )
 
     # --- taking in -----------------------------------------------------------------------------------------------
 
@@ -111,15 +120,20 @@ class Desk:
         self, request: InferenceRequest, back: Return | None = None, key: str | None = None, *, repeat: bool = True
     ) -> Receipt:
         """Return when the request is on the disk, or was before under the same idempotency key. `key` is for one that
-        has none of its own. Raises `OutboxFull`, `NotStored` and `InvalidRequest`."""
+        has none of its own. Raises `OutboxFull`, `NotStored`, `InvalidRequest` and `AuditUnavailable`."""
         if request.idempotency_key is not None:
             key, repeat = f"key:{request.idempotency_key}", True
         item = request_item(request, back or Return(self.result_topic(request)), key, repeat=repeat)
         try:
-            return await put(self.outbox, [item])
+            if self._audit is not None:
+                self._audit.require()
+            receipt = await put(self.outbox, [item])
         except InferenceError as error:
             error.request_id = request.id
             raise
+        if self._audit is not None:
+            self._audit.accepted(request, duplicate=receipt.duplicate)
+        return receipt
 
     async def accept_told(self, request: InferenceRequest) -> dict[str, Any]:
         """As `accept`; returns what a caller over HTTP is told."""
@@ -184,9 +198,14 @@ class Desk:
         return {**self.outbox.stats(), "routes": routes, "door": door}
 
     async def _watch(self, component: Component) -> None:
-        """What `/status`, the metrics and the retained status say of the outbox."""
+        """What `/status`, the metrics and the retained status say of the outbox; and whether a target is back, that
+        requests may wait for."""
         shown: str | None = None
+        known: frozenset[str] = frozenset()
         while True:
+            before, known = known, self._askable()
+            if known - before:
+                self.asker.nudge()
             trouble = self.outbox.problem()
             if self.outbox.checking:
                 component.set(ComponentState.STARTING, trouble)

@@ -23,7 +23,18 @@ ASK, LOCAL, UPLINK = BY_PRODUCER, "local", "uplink"
 IDEMPOTENCY_KEY = "idempotency-key"
 """User property of every message out of the outbox: whoever has seen it has seen the message."""
 
-_KEPT = ("model", "variant", "priority", "max_retries", "timeout_ms", "producer", "use_cache", "explain", "shadow")
+_KEPT = (
+    "model",
+    "variant",
+    "priority",
+    "max_retries",
+    "timeout_ms",
+    "producer",
+    "use_cache",
+    "explain",
+    "shadow",
+    "asked_by",
+)
 _SCHEMA = 1
 
 

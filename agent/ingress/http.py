@@ -21,14 +21,17 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from agent import __version__
-from agent.config import HttpSection
+from agent.config import HttpSection, SecuritySection
 from agent.core.clock import Clock, SystemClock
-from agent.core.errors import InferenceError, InvalidRequest, Overloaded
+from agent.core.errors import InferenceError, InvalidRequest, Overloaded, RateLimited
 from agent.core.types import InferenceRequest
 from agent.core.within import within
 from agent.ingress import http_models, http_pages
 from agent.ingress.base import Core, NotRemembered
-from agent.ingress.payload import MAX_OPTIONS, TooLarge, decode_json, read_flag, read_options
+from agent.ingress.http_gate import HttpGate, address_of, challenge
+from agent.ingress.payload import MAX_OPTIONS, TooLarge, decode_json, named_producer, read_flag, read_options
+from agent.security.access import Guard
+from agent.security.identity import Identity
 from agent.telemetry.metrics import CONTENT_TYPE, Metrics
 
 DOOR = "http"
@@ -40,6 +43,8 @@ DISCARD_BYTES = 4 << 20
 DISCARD_S = 1.0
 """How much of a refused body is read, so that a client that only writes gets to see the refusal."""
 MAX_QUERY = 4096
+TARPIT_S = 0.05
+"""How long a refusal for asking too often is held back: whoever asks again at once is slowed down by it."""
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -75,9 +80,20 @@ class Api(FastAPI):
     which has anything to do for it but to turn a fault into a 500, and past the search among the routes."""
 
     short_cuts: Mapping[tuple[str, str], Handler] = {}
+    gate: HttpGate
+    turn_away: Callable[[Request, InferenceError], Awaitable[Response]]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        handler = self.short_cuts.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        if scope["type"] != "http":
+            await super().__call__(scope, receive, send)
+            return
+        try:
+            scope["identity"] = self.gate.admit(scope)
+        except InferenceError as error:
+            response = await self.turn_away(Request(scope, receive), error)
+            await response(scope, receive, send)
+            return
+        handler = self.short_cuts.get((scope["method"], scope["path"]))
         if handler is None:
             await super().__call__(scope, receive, send)
             return
@@ -170,8 +186,10 @@ class HttpDoor:
         settings: HttpSection,
         recent: Callable[[], Sequence[Mapping[str, Any]]],
         clock: Clock,
+        guard: Guard,
     ) -> None:
         self._core = core
+        self._guard = guard
         self._metrics = metrics
         self._recent = recent
         self._clock = clock
@@ -183,9 +201,9 @@ class HttpDoor:
         try:
             body = await self.bodies.read(request)
             question, with_outputs = self._question(request, body, received)
+            self._guard.count_producer(question.producer)
         except InferenceError as error:
-            self._metrics.malformed(DOOR, error.code)
-            return refusal(error)
+            return await self._refused(request, error)
         except ClientDisconnect:
             self._metrics.malformed(DOOR, "disconnected")
             return Response(status_code=400)
@@ -197,15 +215,37 @@ class HttpDoor:
             return refusal(error)
         return json_response(result.to_dict(with_outputs=with_outputs))
 
+    async def turn_away(self, request: Request, error: InferenceError) -> Response:
+        """A request that the gate did not let in. Its body is not read, beyond what lets the client see the refusal."""
+        response = await self._refused(request, error)
+        response.headers.update(challenge(error, shown="authorization" in request.headers))
+        if request.method not in ("GET", "HEAD"):
+            await _discard(request.receive)
+            response.headers["Connection"] = "close"
+        return response
+
+    async def _refused(self, request: Request, error: InferenceError) -> Response:
+        self._metrics.malformed(DOOR, error.code)
+        who = request.scope.get("identity")
+        name = who.name if who is not None else "unknown"
+        self._guard.refused(DOOR, error, who=name, address=address_of(request.scope))
+        if isinstance(error, RateLimited):
+            await asyncio.sleep(min(TARPIT_S, error.retry_after_s or 0.0))
+        return refusal(error)
+
     def _question(self, request: Request, body: bytes, received: float) -> tuple[InferenceRequest, bool]:
         query = _query(request.scope["query_string"])
         with_outputs = read_flag("outputs", query.pop("outputs", "true"))
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         admission = self._core.admission
+        who: Identity = request.scope["identity"]
         if kind == "application/json":
             if query:
                 raise InvalidRequest(f"{next(iter(query))}: belongs into the JSON document", field=next(iter(query)))
-            return admission.from_document(decode_json(body), received=received), with_outputs
+            document = decode_json(body)
+            producer = who.as_producer(named_producer(document))
+            question = admission.from_document(document, producer=producer, received=received, asked_by=who.name)
+            return question, with_outputs
         if kind != "application/octet-stream":
             found = repr(kind[:64]) if kind else "none"
             raise UnsupportedType(
@@ -217,7 +257,14 @@ class HttpDoor:
             raise InvalidRequest("model: is missing; raw bytes need it as a query parameter", field="model")
         raw = read_options(query.items())
         question = admission.from_bytes(
-            body, model=model, options=raw.options, dtype=raw.dtype, scale=raw.scale, received=received
+            body,
+            model=model,
+            options=raw.options,
+            dtype=raw.dtype,
+            scale=raw.scale,
+            producer=who.as_producer(named_producer(raw.options)),
+            received=received,
+            asked_by=who.name,
         )
         return question, with_outputs
 
@@ -255,8 +302,12 @@ def create_app(
     settings: HttpSection,
     recent: Callable[[], Sequence[Mapping[str, Any]]],
     clock: Clock | None = None,
+    guard: Guard | None = None,
 ) -> FastAPI:
-    """The application. `recent` gives the last answers, newest first (`docs/operations.md`, "/recent")."""
+    """The application. `recent` gives the last answers, newest first (`docs/operations.md`, "/recent"). `guard` None:
+    as without a section `security`."""
+    clock = clock or SystemClock()
+    guard = guard or Guard(SecuritySection(), clock)
     app = Api(
         title="edge-agent",
         version=__version__,
@@ -265,7 +316,8 @@ def create_app(
         redoc_url=None,
         exception_handlers={HTTPException: _no_such_thing, Exception: _broken},
     )
-    door = HttpDoor(core, metrics, settings, recent, clock or SystemClock())
+    door = HttpDoor(core, metrics, settings, recent, clock, guard)
+    app.gate, app.turn_away = HttpGate(guard), door.turn_away
     app.state.bodies = door.bodies
 
     def route(method: str, path: str, handler: Handler, operation: Mapping[str, Any] | None) -> None:

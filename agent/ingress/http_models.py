@@ -286,13 +286,16 @@ _MODELS = (
 
 REFUSALS = {
     400: "The request is wrong (`invalid_request`), or its body is not JSON (`undecodable`).",
+    401: "No token, or one that is not valid here (`unauthorized`); see `WWW-Authenticate`.",
+    403: "The token lacks the role, or is another producer's (`forbidden`).",
     404: "The catalogue has no such model or variant (`unknown_model`).",
     408: "The body did not arrive in time (`body_timeout`).",
     413: "The body is larger than `http.max_body_bytes` (`too_large`).",
     415: "Neither application/json nor application/octet-stream (`unsupported_media_type`).",
-    429: "A bounded queue (`overloaded`) or the outbox (`outbox_full`) is full; see `Retry-After`.",
-    503: "Every target failed or none could be asked, and nothing is cached (`unavailable`), or the disk did not take "
-    "a durable request (`not_stored`).",
+    429: "A bounded queue (`overloaded`) or the outbox (`outbox_full`) is full, or this caller asks too often "
+    "(`rate_limited`); see `Retry-After`.",
+    503: "Every target failed or none could be asked, and nothing is cached (`unavailable`); the request cannot be "
+    "put on record (`audit_unavailable`); or the disk did not take a durable request (`not_stored`).",
     504: "The deadline passed, and nothing is cached (`deadline_exceeded`).",
 }
 
@@ -302,7 +305,10 @@ def with_components(openapi: Callable[[], dict[str, Any]]) -> Callable[[], dict[
 
     def document() -> dict[str, Any]:
         whole = openapi()
-        schemas = whole.setdefault("components", {}).setdefault("schemas", {})
+        components = whole.setdefault("components", {})
+        components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}}
+        whole["security"] = [{"bearer": []}, {}]
+        schemas = components.setdefault("schemas", {})
         if InferDocument.__name__ not in schemas:
             _, made = models_json_schema(
                 [(model, "validation") for model in _MODELS], ref_template="#/components/schemas/{model}"

@@ -4,34 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import math
 import socket
+import ssl
 from collections.abc import Generator
 from typing import Any
 
 import uvicorn
 
-from agent.config import HttpSection
-from agent.core.errors import LinkError
+from agent.config import HttpSection, TlsSection
+from agent.core.errors import ConfigError, LinkError
+from agent.ingress.http_bounds import Refused, bounded_protocol
 
 MAX_CONNECTIONS = 512
 """More are answered 503 by uvicorn and closed."""
 BACKLOG = 128
+HANDSHAKE_S = 5.0
+"""For a TLS handshake."""
 KEEP_ALIVE_S = 30
 """Longer than the seconds between two polls of a dashboard, so that they share a connection."""
 
 
 class HttpServer:
-    """Serves one ASGI application. `port` is the real one once `start` has returned."""
+    """Serves one ASGI application. `port` is the real one once `start` has returned.
 
-    def __init__(self, app: Any, settings: HttpSection) -> None:
+    `refused` is told of connections that end before there is a request. Raises `ConfigError` for a certificate that
+    cannot be used.
+    """
+
+    def __init__(self, app: Any, settings: HttpSection, refused: Refused = lambda error, address: None) -> None:
         self._host = settings.host
         self.port = settings.port
+        self._tls = settings.tls
+        self._certificate = None if settings.tls is None else _version(settings.tls)
+        self._context = None if settings.tls is None else server_context(settings.tls)
         self._server = _Embedded(
             uvicorn.Config(
                 app,
-                http="httptools" if importlib.util.find_spec("httptools") else "h11",
+                http=bounded_protocol(settings.max_connections_per_address, refused),
                 ws="none",
                 lifespan="off",
                 interface="asgi3",
@@ -42,7 +52,8 @@ class HttpServer:
                 limit_concurrency=MAX_CONNECTIONS,
                 backlog=BACKLOG,
                 timeout_keep_alive=KEEP_ALIVE_S,
-            )
+            ),
+            self._context,
         )
         self._task: asyncio.Task[None] | None = None
 
@@ -75,6 +86,16 @@ class HttpServer:
             await asyncio.wait(cancelled, timeout=1)
         self._task = None
 
+    def renew_certificate(self) -> bool:
+        """Use what is in the certificate's files for new connections, if they have changed. Raises `ConfigError` if
+        that cannot be used; the old one stays."""
+        if self._context is None or self._tls is None or (version := _version(self._tls)) == self._certificate:
+            return False
+        server_context(self._tls)  # apart at first: of a pair that does not fit together nothing must be taken
+        self._context.load_cert_chain(self._tls.cert_file, self._tls.key_file, password=_no_password)
+        self._certificate = version
+        return True
+
     @property
     def connections(self) -> int:
         """Open now."""
@@ -85,6 +106,7 @@ class HttpServer:
         return {
             "host": self._host,
             "port": self.port,
+            "tls": self._context is not None,
             "connections": self.connections,
             "max_connections": MAX_CONNECTIONS,
         }
@@ -101,8 +123,9 @@ class HttpServer:
 class _Embedded(uvicorn.Server):
     """A server that leaves signals to the daemon and says when it is up."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, context: ssl.SSLContext | None) -> None:
         super().__init__(config)
+        self._context = context
         self.up = asyncio.Event()
 
     @contextlib.contextmanager
@@ -110,5 +133,42 @@ class _Embedded(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        """As uvicorn's, with a limit on TLS handshakes: until one ends there is no connection that could be bounded."""
+        await self.lifespan.startup()
+        protocol: Any = self.config.http_protocol_class
+        self.servers = [
+            await asyncio.get_running_loop().create_server(
+                lambda: protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state),
+                sock=listener,
+                ssl=self._context,
+                backlog=BACKLOG,
+                ssl_handshake_timeout=None if self._context is None else HANDSHAKE_S,
+            )
+            for listener in sockets or ()
+        ]
+        self.started = True
         self.up.set()
+
+
+def server_context(tls: TlsSection) -> ssl.SSLContext:
+    """TLS 1.3 and nothing else. Raises `ConfigError`."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    try:
+        context.load_cert_chain(tls.cert_file, tls.key_file, password=_no_password)
+    except (OSError, ssl.SSLError) as error:
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise ConfigError([f"http.tls: {tls.cert_file} and {tls.key_file} cannot be used: {reason}"]) from None
+    return context
+
+
+def _version(tls: TlsSection) -> tuple[int, ...]:
+    """Changes when one of the files does."""
+    with contextlib.suppress(OSError):
+        return tls.cert_file.stat().st_mtime_ns, tls.key_file.stat().st_mtime_ns
+    return ()
+
+
+def _no_password() -> str:
+    """Or OpenSSL would ask for it on the terminal."""
+    return ""

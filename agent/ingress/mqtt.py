@@ -17,14 +17,16 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from agent.config import MqttSection, SensorSection
+from agent.config import MqttSection, SecuritySection, SensorSection
 from agent.core.clock import Clock
 from agent.core.errors import InferenceError, InvalidRequest, LinkError, Overloaded
 from agent.core.types import InferenceRequest
 from agent.ingress.base import Core, NotRemembered
-from agent.ingress.payload import TooLarge, check_model, decode_json, read_options
+from agent.ingress.payload import TooLarge, check_model, decode_json, named_producer, read_options
 from agent.ingress.sensors import Sensor
 from agent.link.mqtt import LinkFull, LinkState, Message, MessageProperties, MqttLink, Will, link_options
+from agent.security.access import Guard
+from agent.security.identity import Identity
 from agent.telemetry.metrics import Metrics
 from agent.wire.mqtt_properties import usable_topic
 
@@ -37,6 +39,8 @@ STATUS_CHECK_S = 1.0
 """How soon a change shows in the retained status."""
 SENSOR_SHARE = 4
 """One sensor may have this part of `max_in_flight` at once, so that a fast one leaves room for the others."""
+MAX_PRODUCER = 128
+"""Characters of a producer's name in a topic."""
 STOP_S = 2.0
 MAX_ID_BYTES = 512
 """Of a request's id, in whatever characters."""
@@ -44,12 +48,13 @@ MAX_ID_BYTES = 512
 
 @dataclass(frozen=True, slots=True)
 class _Return:
-    """Where an answer goes. `sensor` is added to it."""
+    """Where an answer goes. `sensor` is added to it; `who` asked, for the record."""
 
     topic: str
     qos: int
     correlation: bytes | None = None
     sensor: str | None = None
+    who: str = DOOR
 
 
 @dataclass(slots=True)
@@ -77,8 +82,11 @@ class MqttDoor:
         clock: Clock,
         *,
         status_interval_s: float = 10.0,
+        guard: Guard | None = None,
     ) -> None:
+        """`guard` None: as without a section `security`."""
         self._core = core
+        self._guard = guard or Guard(SecuritySection(), clock)
         self._metrics = metrics
         self._limit = section.max_in_flight
         self._sensor_limit = max(1, section.max_in_flight // SENSOR_SHARE)
@@ -86,6 +94,11 @@ class MqttDoor:
         self._status_interval_s = status_interval_s
         self._prefix = f"edge/{gateway_id}"
         self._gateway_id = gateway_id
+        self._requests = [f"{self._prefix}/infer/+/+"]
+        if section.shared_requests:
+            self._requests.append(f"{self._prefix}/infer/+")
+        # Whoever asks there may ask of everybody's requests.
+        self._explains = f"{self._prefix}/explain" if section.shared_requests else None
         self._sensors = [Sensor(topic_filter, sensor) for topic_filter, sensor in sensors.items()]
         self._status_topic = f"{self._prefix}/status"
         self._offline = to_json({"gateway": gateway_id, "state": "offline", "ready": False, "reason": "offline"})
@@ -118,8 +131,10 @@ class MqttDoor:
     async def start(self) -> None:
         """Begin to connect; returns at once."""
         # Own replies do not come back as requests, whatever response topic a caller names: no_local.
-        await self.link.subscribe(f"{self._prefix}/infer/+", self._on_request, no_local=True)
-        await self.link.subscribe(f"{self._prefix}/explain", self._on_explain, no_local=True)
+        for requests in self._requests:
+            await self.link.subscribe(requests, self._on_request, no_local=True)
+        if self._explains is not None:
+            await self.link.subscribe(self._explains, self._on_explain, no_local=True)
         for sensor in self._sensors:
             callback = partial(self._on_reading, sensor)
             await self.link.subscribe(sensor.topic_filter, callback, qos=sensor.section.qos, no_local=True)
@@ -128,11 +143,8 @@ class MqttDoor:
 
     async def close_door(self) -> None:
         """Take no more; what is here is still answered."""
-        filters = [
-            f"{self._prefix}/infer/+",
-            f"{self._prefix}/explain",
-            *(sensor.topic_filter for sensor in self._sensors),
-        ]
+        filters = [*self._requests, *(sensor.topic_filter for sensor in self._sensors)]
+        filters += [self._explains] if self._explains is not None else []
         await asyncio.gather(*(self.link.unsubscribe(topic_filter) for topic_filter in filters))
         self._publish_status()
 
@@ -161,15 +173,19 @@ class MqttDoor:
             self.counters.replayed += 1
             return
         self.counters.requests += 1
-        model = message.topic.rsplit("/", 1)[1]
+        model, _, producer = message.topic.removeprefix(f"{self._prefix}/infer/").partition("/")
+        who = asker(producer[:MAX_PRODUCER])
         asked = message.properties.response_topic
         topic = asked if asked is not None and usable_topic(asked) else f"{self._prefix}/results/infer/{model}"
-        back = _Return(topic, message.qos, message.properties.correlation_data)
+        back = _Return(topic, message.qos, message.properties.correlation_data, who=who.name)
         if self.in_flight >= self._limit:
             self._overloaded(back, f"{self._limit} requests are being answered already")
             return
         try:
-            request = self._request(message, model)
+            check_producer(producer)
+            self._guard.count(who.name)
+            request = self._request(message, model, who)
+            self._guard.count_producer(request.producer)
             if request.durable:
                 elsewhere = f"durable requests go to {self._prefix}/durable/{model}"
                 raise InvalidRequest(f"delivery: {elsewhere}", field="delivery")
@@ -190,6 +206,7 @@ class MqttDoor:
         topic = asked if asked is not None and usable_topic(asked) else f"{self._prefix}/results/explain"
         back = _Return(topic, message.qos, message.properties.correlation_data)
         try:
+            self._guard.count(DOOR)
             request_id = _request_id(message.payload)
             explanation = self._core.explain(request_id)
             if explanation is None:
@@ -199,7 +216,7 @@ class MqttDoor:
         else:
             self._send(back, dict(explanation), "ok")
 
-    def _request(self, message: Message, model: str) -> InferenceRequest:
+    def _request(self, message: Message, model: str, who: Identity) -> InferenceRequest:
         """Raises `InferenceError`."""
         self._check_size(message)
         admission = self._core.admission
@@ -207,7 +224,13 @@ class MqttDoor:
         if kind == JSON:
             document = decode_json(message.payload)
             check_model(document, model)
-            return admission.from_document(document, model=model, received=message.received)
+            return admission.from_document(
+                document,
+                model=model,
+                producer=who.as_producer(named_producer(document)),
+                received=message.received,
+                asked_by=who.name,
+            )
         if kind != RAW:
             raise InvalidRequest(f"content-type: must be {JSON} or {RAW}, found {kind[:64]!r}", field="content-type")
         raw = read_options(message.properties.user)
@@ -218,7 +241,9 @@ class MqttDoor:
             options=raw.options,
             dtype=raw.dtype,
             scale=raw.scale,
+            producer=who.as_producer(named_producer(raw.options)),
             received=message.received,
+            asked_by=who.name,
         )
 
     def _on_reading(self, sensor: Sensor, message: Message) -> None:
@@ -228,11 +253,12 @@ class MqttDoor:
         self.counters.readings += 1
         name = sensor.name(message.topic)
         correlation = message.properties.correlation_data
-        back = _Return(f"{self._prefix}/results/{name}", message.qos, correlation, sensor=name)
+        back = _Return(f"{self._prefix}/results/{name}", message.qos, correlation, sensor=name, who=f"sensor:{name}")
         if self.in_flight >= self._limit or self._busy_sensors[name] >= self._sensor_limit:
             self._overloaded(back, "earlier readings are being answered still")
             return
         try:
+            self._guard.count_producer(name)
             self._check_size(message)
             request = sensor.request(self._core.admission, message.payload, name, message.received)
         except InferenceError as error:
@@ -273,15 +299,21 @@ class MqttDoor:
         else:
             self._send(back, result.to_dict(), "ok")
 
+    def publish_result(self, name: str, document: Mapping[str, Any]) -> None:
+        """An answer that no message asked for: what a board sampled itself."""
+        self._send(_Return(f"{self._prefix}/results/{name}", 1), dict(document), "ok")
+
     def _overloaded(self, back: _Return, message: str) -> None:
         self.counters.overloaded += 1
         self._metrics.malformed(DOOR, Overloaded.code)
         error = Overloaded(message, retry_after_s=1.0)
+        self._guard.refused(DOOR, error, who=back.who)
         self._send(back, error.to_dict(), error.code)
 
     def _refuse(self, back: _Return, error: InferenceError) -> None:
         self.counters.malformed += 1
         self._metrics.malformed(DOOR, error.code)
+        self._guard.refused(DOOR, error, who=back.who)
         self._send(back, error.to_dict(), error.code)
 
     def _send(self, back: _Return, document: dict[str, Any], status: str) -> None:
@@ -344,12 +376,29 @@ class MqttDoor:
         if only_if_changed and shown == self._shown:
             return
         document = {"gateway": self._gateway_id, "state": "online", "ready": ready, "reason": reason}
+        audit = self._core.status().get("security", {}).get("audit")
+        if audit is not None:  # an anchor that leaves the gateway: it shows when the end of the trail is cut off
+            document["audit_head"] = audit["head"]
         try:
             payload = to_json({**document, "targets": targets}, fallback=str)
             self.link.publish(self._status_topic, payload, qos=1, retain=True, properties=MessageProperties(JSON))
         except LinkError:
             return
         self._shown = shown
+
+
+def asker(producer: str) -> Identity:
+    """Who asks on a topic: the producer in it, for whom the broker answers, or somebody."""
+    if producer:
+        return Identity(f"mqtt:{producer}", frozenset(("infer",)), producer, producer)
+    return Identity(DOOR, frozenset(("infer",)))
+
+
+def check_producer(producer: str) -> None:
+    """Raises `InvalidRequest` for the last level of a topic that cannot be a producer's name."""
+    if len(producer) > MAX_PRODUCER or not producer.isprintable():
+        text = f"must be at most {MAX_PRODUCER} printable characters"
+        raise InvalidRequest(f"producer: the last level of the topic {text}", field="producer")
 
 
 def _fault() -> InferenceError:

@@ -262,23 +262,46 @@ function found() {
   at("banner").hidden = true;
   fill(at("banner"), []);
 }
+class Refused extends Error {}
 async function get(path) {
-  const stop = new AbortController(), limit = setTimeout(() => stop.abort(), PATIENCE_MS);
+  const stop = new AbortController(), limit = setTimeout(() => stop.abort(), PATIENCE_MS), token = sessionStorage.getItem("token");
   try {
-    const response = await fetch(path, {signal: stop.signal, cache: "no-store"});
+    const headers = token ? {Authorization: "Bearer " + token} : {};
+    const response = await fetch(path, {signal: stop.signal, cache: "no-store", headers});
+    if (response.status === 401 || response.status === 403) throw new Refused(token ? "This token is not valid here, or lacks the role read." : "");
     if (!response.ok) throw new Error(path + ": " + response.status);
     return await response.json();
   } finally { clearTimeout(limit); }
 }
+function enter(text) {
+  sessionStorage.removeItem("token");
+  found();
+  document.body.classList.add("lost");
+  const badge = at("ready");
+  badge.className = "ready unknown";
+  say(badge, "? Locked");
+  if (text) say(at("why"), text);
+  at("enter").hidden = false;
+}
+at("enter").addEventListener("submit", event => {
+  event.preventDefault();
+  sessionStorage.setItem("token", at("token").value.trim());
+  at("token").value = "";
+  at("enter").hidden = true;
+  ask();
+});
 async function ask() {
-  if (asking || document.hidden) return;
+  if (asking || document.hidden || !at("enter").hidden) return;
   asking = true;
   clearTimeout(timer);
   try {
     const [status, recent] = await Promise.all([get("/status"), get("/recent")]);
     found();
     show(obj(status), recent);
-  } catch (error) { lost(error); }
+  } catch (error) {
+    if (error instanceof Refused) enter(error.message);
+    else lost(error);
+  }
   asking = false;
   timer = setTimeout(ask, EVERY_MS);
 }

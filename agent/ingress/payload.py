@@ -72,6 +72,11 @@ def check_model(document: object, model: str) -> None:
         raise InvalidRequest(f"model: must be {model!r} as in the topic, or left out; found {found}", field="model")
 
 
+def named_producer(document: object) -> object:
+    """Who a document or a set of options says it comes from; None: it does not say."""
+    return document.get("producer") if isinstance(document, Mapping) else None
+
+
 def _text(key: str, text: str) -> str:
     return text
 

@@ -63,13 +63,16 @@ class Sensor:
                 scale=section.scale,
                 producer=name,
                 received=received,
+                asked_by=f"sensor:{name}",
             )
         decoded = decode_json(payload)
         document = {"inputs": _scaled(self._values(decoded), section.scale), **self._options}
         if isinstance(decoded, Mapping):
             # What a sensor says of a reading, to know its answer again; how it is to be answered, the gateway decides.
             document |= {key: decoded[key] for key in ("request_id", "idempotency_key") if key in decoded}
-        return admission.from_document(document, model=section.model, producer=name, received=received)
+        return admission.from_document(
+            document, model=section.model, producer=name, received=received, asked_by=f"sensor:{name}"
+        )
 
     def _values(self, decoded: Any) -> Any:
         field = self.section.field

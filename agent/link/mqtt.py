@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +143,11 @@ class MqttLink:
     def connected(self) -> bool:
         """True only after a good CONNACK and an answer to every subscription."""
         return self._state.connected
+
+    @property
+    def peer_certificate(self) -> Mapping[str, Any] | None:
+        """The broker's, as `ssl.SSLSocket.getpeercert` gives it; None without TLS or a connection."""
+        return None if self._connection is None else self._connection.peer_certificate
 
     @property
     def refused_filters(self) -> list[str]:

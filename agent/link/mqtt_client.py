@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from agent.core.clock import Clock
 from agent.core.errors import LinkError, ProtocolError
 from agent.wire.mqtt_properties import MessageProperties
 
-for _name in ("_handle_publish", "_handle_pubackcomp", "_do_on_publish"):
+for _name in ("_handle_publish", "_handle_pubackcomp", "_do_on_publish", "_sock_recv", "_sock_send"):
     if not hasattr(paho.Client, _name):
         raise ImportError(f"this paho-mqtt has no Client.{_name}: use one of the versions edge-agent depends on")
 
@@ -129,6 +130,26 @@ class PahoClient(paho.Client):
         self._deliver = deliver
         self._acknowledge = acknowledge
         self._manual = manual
+        self.tls_alert: ssl.SSLError | None = None
+        """What the broker's TLS said before it closed: with TLS 1.3 it refuses a client's certificate only after the
+        client has finished its own part of the handshake."""
+
+    def _sock_recv(self, bufsize: int) -> bytes:
+        try:
+            return super()._sock_recv(bufsize)
+        except ssl.SSLError as error:
+            self.tls_alert = error
+            raise
+
+    def _sock_send(self, buf: bytes | bytearray) -> int:
+        try:
+            return super()._sock_send(buf)
+        except OSError as error:
+            if not isinstance(error, BlockingIOError) and isinstance(self._sock, ssl.SSLSocket):
+                # Closed already. Why may still be there to be read.
+                with contextlib.suppress(OSError):
+                    self._sock_recv(1)
+            raise
 
     def _handle_publish(self) -> MQTTErrorCode:
         received = self._clock.monotonic()
@@ -177,12 +198,42 @@ class Packed(Properties):
 
 
 def tls_context(options: LinkOptions) -> ssl.SSLContext:
-    """TLS 1.2 or later, checking the broker's name and certificate. Raises `LinkError`."""
+    """TLS 1.3, checking the broker's name and certificate. Raises `LinkError`."""
     try:
         context = ssl.create_default_context(cafile=options.ca_file)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
         if options.cert_file is not None:
             context.load_cert_chain(options.cert_file, options.key_file)
     except (OSError, ssl.SSLError) as error:
         raise LinkError(f"cannot use the TLS files: {error}", permanent=True) from None
     return context
+
+
+_ALERTS = {
+    "CERTIFICATE_REQUIRED": "the broker wants a client certificate: give cert_file and key_file",
+    "CERTIFICATE_EXPIRED": "the broker says that the client certificate has expired",
+    "CERTIFICATE_REVOKED": "the broker says that the client certificate was revoked",
+    "UNKNOWN_CA": "the broker does not know the authority that signed the client certificate",
+    "BAD_CERTIFICATE": "the broker refuses the client certificate",
+    "UNSUPPORTED_CERTIFICATE": "the broker says that the client certificate is for something else than clients",
+    "CERTIFICATE_UNKNOWN": "the broker refuses the client certificate",
+    "ACCESS_DENIED": "the broker refuses the client certificate",
+    "HANDSHAKE_FAILURE": "the broker and this gateway have no way of TLS 1.3 in common",
+    "PROTOCOL_VERSION": "the broker does not speak TLS 1.3",
+    "UNSUPPORTED_PROTOCOL": "the broker does not speak TLS 1.3",
+    "WRONG_VERSION_NUMBER": "the broker does not speak TLS on this port",
+    "RECORD_LAYER_FAILURE": "the broker does not speak TLS on this port",
+}
+"""By the end of OpenSSL's name of the alert. All of them stay until somebody acts."""
+
+
+def tls_failure(error: ssl.SSLError) -> LinkError:
+    """What went wrong with TLS, in words; permanent where trying again would not help."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        message = error.verify_message.rstrip(".")
+        return LinkError(f"the broker's certificate is not trusted: {message}", permanent=True)
+    reason = error.reason or ""
+    for ending, message in _ALERTS.items():
+        if reason.endswith(ending):
+            return LinkError(message, permanent=True)
+    return LinkError(f"TLS failed: {reason or error}")

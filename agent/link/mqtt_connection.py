@@ -13,7 +13,7 @@ import logging
 import socket
 import ssl
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,7 +25,16 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent.core.clock import Clock
 from agent.core.errors import LinkError
-from agent.link.mqtt_client import LinkFull, LinkOptions, Message, MessageTooLarge, Packed, PahoClient, tls_context
+from agent.link.mqtt_client import (
+    LinkFull,
+    LinkOptions,
+    Message,
+    MessageTooLarge,
+    Packed,
+    PahoClient,
+    tls_context,
+    tls_failure,
+)
 from agent.wire.mqtt_properties import MessageProperties
 
 log = logging.getLogger(__name__)
@@ -51,6 +60,7 @@ class MqttConnection:
         self.clock = clock
         self.window = options.max_unacknowledged
         self.max_packet_bytes = 268_435_455
+        self.peer_certificate: Mapping[str, Any] | None = None
         self._loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[LinkError] = self._loop.create_future()
         """Done when the connection has ended, with the reason."""
@@ -97,11 +107,8 @@ class MqttConnection:
         except TimeoutError:
             step = "the broker" if self._fd < 0 else "the broker accepts TCP connections but"
             raise LinkError(f"{step} did not answer within {self.options.connect_timeout_s:g} s") from None
-        except ssl.SSLCertVerificationError as error:
-            message = f"the broker's certificate is not trusted: {error.verify_message}"
-            raise LinkError(message, permanent=True) from None
         except ssl.SSLError as error:
-            raise LinkError(f"TLS failed: {error.reason or error}") from None
+            raise tls_failure(error) from None
         except OSError as error:
             raise LinkError(f"cannot connect: {error.strerror or error}") from None
 
@@ -156,6 +163,8 @@ class MqttConnection:
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, self.options.keepalive_s * 1000)
         self._sock, self._fd = sock, sock.fileno()
+        if isinstance(sock, ssl.SSLSocket):
+            self.peer_certificate = sock.getpeercert()
         self._loop.add_reader(self._fd, self._readable)
         self._tick()
         self._flush()
@@ -230,6 +239,8 @@ class MqttConnection:
             self._fail(LinkError(f"the broker closed the connection: {reason}", permanent=code in PERMANENT))
         elif code == 0:
             self._fail(LinkError("disconnected"))
+        elif self._client.tls_alert is not None:
+            self._fail(tls_failure(self._client.tls_alert))
         elif code == UNSPECIFIED:
             self._fail(LinkError("the connection was lost: the broker closed it, or the network did, without a reason"))
         else:

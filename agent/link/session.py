@@ -14,6 +14,7 @@ from agent.core.clock import Clock
 from agent.core.errors import LinkError, ProtocolError
 from agent.link.calls import Call, Counters, Incoming, Pinged, RemoteError, Reply, Typical, again, overtaken
 from agent.link.inbox import MAX_FRAME, Inbox
+from agent.link.timesync import ClockSync
 from agent.link.transport import Transport
 from agent.link.window import Window
 from agent.wire.body import Message
@@ -41,6 +42,10 @@ HELLO_REQ: Final = HelloReq(PROTOCOL_MAJOR, PROTOCOL_MINOR, MAX_FRAME)
 
 M = TypeVar("M", bound=Message)
 
+Listener = Callable[[Incoming | LinkError, float], None]
+"""Called on the loop with what comes under an id after its answer, or with the error that ends it, and with the time.
+Must not raise."""
+
 
 class Session:
     """`max_in_flight` may lower the window that the MCU announces.
@@ -67,6 +72,8 @@ class Session:
         self._on_log = on_log
         self._inbox = Inbox(self.counters)
         self._window = Window(1)
+        self._listeners: dict[int, Listener] = {}
+        self.clock_sync = ClockSync()
         self._calls: dict[int, Call] = {}  # in the order of their last sending
         self._abandoned: dict[int, asyncio.TimerHandle] = {}
         self._peer_max_frame = MIN_MAX_FRAME
@@ -141,7 +148,9 @@ class Session:
             self._greet_again()  # its clock went back: it was reset, and the HELLO that says so was lost
         self._mcu_us = pong.t_tx
         offset_s = (pong.t_rx / 1e6 - reply.sent_at + pong.t_tx / 1e6 - reply.received_at) / 2
-        return Pinged(reply.round_trip_s, offset_s, (pong.t_tx - pong.t_rx) / 1e6)
+        pinged = Pinged(reply.round_trip_s, offset_s, (pong.t_tx - pong.t_rx) / 1e6)
+        self.clock_sync.note((reply.sent_at + reply.received_at) / 2, offset_s, pinged.round_trip_s - pinged.mcu_s)
+        return pinged
 
     async def stats(self, deadline: float) -> Stats:
         """The MCU's own counters. Raises as `request`."""
@@ -169,27 +178,43 @@ class Session:
         *,
         windowed: bool = True,
         repeat: bool = True,
+        listener: Listener | None = None,
     ) -> Reply[M]:
-        """Send one request and wait for its answer. `repeat`: it may be sent again; the MCU runs it once.
+        """Send one request and wait for its answer. `repeat`: it may be sent again; the MCU runs it once. `listener`
+        hears what follows under the same id, until `forget_listener`, a reset or the end of the session.
 
         A message that depends on the time is given as a function. Raises `TimeoutError` at the deadline, `RemoteError`
         (the MCU refused), `LinkError` (line lost, MCU reset, no room to send), `ProtocolError` (a senseless answer).
         """
         make = message if callable(message) else lambda: message
         try:
-            return await self._exchange(make, answer, deadline, windowed, repeat)
+            return await self._exchange(make, answer, deadline, windowed, repeat, listener)
         except RemoteError as error:
             if error.code != ErrorCode.BAD_FRAGMENT or not repeat:
                 raise
         self.counters.repeats += 1
-        return await self._exchange(make, answer, deadline, windowed, repeat)
+        return await self._exchange(make, answer, deadline, windowed, repeat, listener)
+
+    def tell(self, message: Message) -> None:
+        """Send what has no answer; lost without a word if the line has no room."""
+        self._send(message.TYPE, 0, 0, message.to_bytes())
+
+    def forget_listener(self, listener: Listener) -> None:
+        """It hears nothing more."""
+        self._listeners = {id_: other for id_, other in self._listeners.items() if other != listener}
 
     def close(self) -> None:
         """Release the line; open calls fail. May be called twice."""
         self._fail(LinkError(f"{self._transport.name}: closed"))
 
     async def _exchange(
-        self, make: Callable[[], Message], answer: type[M], deadline: float, windowed: bool, repeat: bool
+        self,
+        make: Callable[[], Message],
+        answer: type[M],
+        deadline: float,
+        windowed: bool,
+        repeat: bool,
+        listener: Listener | None = None,
     ) -> Reply[M]:
         self._check()
         if windowed and not self._window.try_enter():
@@ -200,6 +225,15 @@ class Session:
                 raise TimeoutError(f"{self._transport.name}: its window of {self.window} stayed full") from None
         call = Call(self._take_id(), make, deadline, windowed, repeat, self._loop.create_future())
         self._calls[call.id] = call
+        if listener is not None:
+            self._listeners[call.id] = listener
+        try:
+            return await self._answer_to(call, answer)
+        except BaseException:
+            self._listeners.pop(call.id, None)
+            raise
+
+    async def _answer_to(self, call: Call, answer: type[M]) -> Reply[M]:
         try:
             self._begin(call)
             answered = await call.future
@@ -324,8 +358,10 @@ class Session:
             self.counters.unknown += 1
 
     def _deliver(self, message: Incoming) -> None:
-        call = self._calls.get(message.id)
-        if call is not None:
+        call, listener = self._calls.get(message.id), self._listeners.get(message.id)
+        if listener is not None and (call is None or message.type == MessageType.STREAM_RESULT):
+            listener(message, self.last_received)
+        elif call is not None:
             for lost in overtaken(self._calls, call, message.type):
                 self._repeat(lost, lost.deadline - self.last_received)
             call.answer(message, self.last_received)
@@ -365,7 +401,11 @@ class Session:
         self._window.fail(lambda: again(error))
         for id_ in list(self._abandoned):
             self._release(id_)
+        for listener in self._listeners.values():
+            listener(error, self._clock.monotonic())
+        self._listeners.clear()
         self._inbox.clear()
+        self.clock_sync.clear()
         self._mcu_us = 0
 
     def _fail(self, error: LinkError) -> None:
@@ -389,7 +429,7 @@ class Session:
         """1 up, without 0 and those that are open."""
         while True:
             self._last_id = self._last_id % 0xFFFFFFFF + 1
-            if self._last_id not in self._calls and self._last_id not in self._abandoned:
+            if not any(self._last_id in held for held in (self._calls, self._abandoned, self._listeners)):
                 return self._last_id
 
     def _budget_ms(self, deadline: float) -> int:

@@ -110,6 +110,11 @@ class Variant(_Strict):
         return f"{self.model}/{self.id}"
 
     @cached_property
+    def asked_last(self) -> bool:
+        """Whether it is the variant that a calibrated family's cascade ends with."""
+        return self.calibration is not None and self.calibration.cascade is None
+
+    @cached_property
     def cascade_gain(self) -> float:
         """By how much accuracy rises where what this variant is not sure of is asked again; 0 without a calibration."""
         cascade = None if self.calibration is None else self.calibration.cascade

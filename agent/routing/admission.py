@@ -10,7 +10,7 @@ from typing import Any, NoReturn, get_args
 
 import numpy as np
 
-from agent.config import LatencyThresholds, RoutingSection
+from agent.config import LatencyThresholds, ProducerSection, RoutingSection
 from agent.core.clock import Clock
 from agent.core.errors import InvalidRequest, UnknownModel
 from agent.core.types import AccuracyMode, InferenceRequest, LatencyClass, Tensor
@@ -21,6 +21,9 @@ MAX_NAME = 128
 MAX_METADATA = 16
 MAX_DIMENSIONS = 8
 DTYPES: tuple[str, ...] = get_args(DType)
+
+NO_REGION = frozenset({"(none)"})
+"""No lane can have a region of this name: the inputs stay on the gateway."""
 
 _KEYS = frozenset(
     {
@@ -48,7 +51,7 @@ _KEYS = frozenset(
 
 class Admission:
     """Makes requests. `batch_deadline_s` is what a batch request without a deadline gets, `accuracy` what a request
-    gets that names no mode."""
+    gets that names no mode; `producers` are the rules that hold whatever a request says."""
 
     def __init__(
         self,
@@ -57,8 +60,11 @@ class Admission:
         clock: Clock,
         batch_deadline_s: float,
         accuracy: AccuracyMode = AccuracyMode.ADAPTIVE,
+        *,
+        producers: Mapping[str, ProducerSection] | None = None,
     ) -> None:
         self.catalog = catalog
+        self._producers = producers or {}
         self._clock = clock
         self._accuracy = accuracy
         limits = routing.latency_thresholds
@@ -71,7 +77,13 @@ class Admission:
         }
 
     def from_document(
-        self, document: object, *, model: str | None = None, producer: str | None = None, received: float | None = None
+        self,
+        document: object,
+        *,
+        model: str | None = None,
+        producer: str | None = None,
+        received: float | None = None,
+        asked_by: str = "",
     ) -> InferenceRequest:
         """A request from decoded JSON. `model` and `producer`, where given, win over the document's.
 
@@ -86,7 +98,7 @@ class Admission:
         family = self.catalog.family(_text(document, "model", model) or _refuse("model", "is missing"))
         if "inputs" not in document:
             _refuse("inputs", f"is missing; {family.name} takes {_describe(family)}")
-        return self._build(family, _tensors(document["inputs"], family), document, producer, received)
+        return self._build(family, _tensors(document["inputs"], family), document, producer, received, asked_by)
 
     def from_bytes(
         self,
@@ -98,6 +110,7 @@ class Admission:
         scale: float = 1.0,
         producer: str | None = None,
         received: float | None = None,
+        asked_by: str = "",
     ) -> InferenceRequest:
         """A request from the raw little-endian bytes of a model's single input tensor.
 
@@ -120,9 +133,8 @@ class Admission:
         if len(data) != expected:
             found = f"{len(data)} bytes"
             _refuse(f"inputs.{spec.name}", f"must be {expected} bytes ({kind.name} {list(spec.shape)}), found {found}")
-        return self._build(
-            family, self.scaled({spec.name: np.frombuffer(data, kind)}, family, scale), options, producer, received
-        )
+        inputs = self.scaled({spec.name: np.frombuffer(data, kind)}, family, scale)
+        return self._build(family, inputs, options, producer, received, asked_by)
 
     @staticmethod
     def scaled(inputs: Mapping[str, Tensor], family: Family, scale: float) -> dict[str, Tensor]:
@@ -143,6 +155,7 @@ class Admission:
         options: Mapping[str, Any],
         producer: str | None,
         received: float | None,
+        asked_by: str,
     ) -> InferenceRequest:
         received = self._clock.monotonic() if received is None else received
         durable = _durable(options)
@@ -151,6 +164,7 @@ class Admission:
         if variant is not None and variant not in family.variants:
             known = ", ".join(sorted(family.variants))
             raise UnknownModel(f"{family.name} has no variant {variant[:64]!r}; it has: {known}", field="variant")
+        producer = producer or _text(options, "producer") or "anonymous"
         notes = _notes(inputs, family)
         return InferenceRequest(
             id=_text(options, "request_id") or uuid.uuid4().hex,
@@ -163,9 +177,9 @@ class Admission:
             max_retries=_integer(options, "max_retries", 5, 0, 16),
             timeout_ms=_milliseconds(options, "timeout_ms"),
             variant=variant,
-            producer=producer or _text(options, "producer") or "anonymous",
+            producer=producer,
             idempotency_key=_text(options, "idempotency_key"),
-            allowed_regions=_regions(options),
+            allowed_regions=self.allowed_regions(producer, _regions(options)),
             use_cache=_boolean(options, "use_cache", True),
             accuracy=_accuracy(options, self._accuracy),
             explain=_boolean(options, "explain", False),
@@ -174,7 +188,20 @@ class Admission:
             durable=durable,
             notes=notes,
             out_of_range=bool(notes),
+            asked_by=asked_by,
         )
+
+    def deadline_s(self, latency_class: LatencyClass) -> float:
+        """How long a request of this class has that names no deadline of its own."""
+        return self._deadlines_s[latency_class]
+
+    def allowed_regions(self, producer: str, asked: frozenset[str]) -> frozenset[str]:
+        """What both the request and the producer's rule allow. Nothing is not the same as no rule: `NO_REGION`."""
+        rule = self._producers.get(producer)
+        if rule is None or not rule.allowed_regions:
+            return asked
+        allowed = frozenset(rule.allowed_regions)
+        return (asked & allowed if asked else allowed) or NO_REGION
 
     def _deadline(self, options: Mapping[str, Any], *, durable: bool) -> tuple[LatencyClass, float]:
         """Class and seconds: an explicit deadline sets the class, unless both are given. Durable requests are batch,

@@ -53,7 +53,11 @@ class Cascade:
 
     async def run(self, request: InferenceRequest, family: Family) -> Answered:
         """Raises `NoAnswer`, if not even a first stage answered."""
-        routed = await self._router.run(request, family, among=self._among(request))
+        try:
+            routed = await self._router.run(request, family, among=self._among(request))
+        except NoAnswer as failure:
+            failure.reasons += self._below_the_floor(request, family)
+            raise
         found = classified(routed.answer.outputs, family, routed.variant)
         held = Answered(routed, found, found, routed.variant)
         if found.sure or request.variant is not None or request.accuracy is not AccuracyMode.ADAPTIVE:
@@ -71,13 +75,21 @@ class Cascade:
         if request.accuracy is AccuracyMode.ADAPTIVE:
             return found.sure
         if request.accuracy is AccuracyMode.ACCEPTABLE:
-            return self._accuracy_of(variant) >= self._floor
+            return self._acceptable(variant)
         return self._accuracy_of(variant) >= max(map(self._accuracy_of, family.variants.values()))
+
+    def _below_the_floor(self, request: InferenceRequest, family: Family) -> tuple[str, ...]:
+        among = self._among(request)
+        below = [] if among is None else [id_ for id_, one in family.variants.items() if not self._acceptable(one)]
+        return (f"not asked: {', '.join(below)}: below accuracy.floor {self._floor:g}",) if below else ()
+
+    def _acceptable(self, variant: Variant) -> bool:
+        return self._accuracy_of(variant) >= self._floor
 
     def _among(self, request: InferenceRequest) -> Among | None:
         if request.accuracy is not AccuracyMode.ACCEPTABLE or request.variant is not None:
             return None
-        return lambda traits, variant: self._accuracy_of(variant) >= self._floor
+        return lambda traits, variant: self._acceptable(variant)
 
     async def _escalated(self, request: InferenceRequest, family: Family, held: Answered) -> Answered:
         """Ask better variants until one is sure, each play once."""

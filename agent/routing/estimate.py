@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from math import ceil, inf, isfinite, sqrt
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 WINDOW = 64
 """Samples kept: enough for a 95th percentile, few enough to follow a change within a minute of light traffic."""
@@ -47,6 +47,12 @@ PRIOR_SUCCESSES, PRIOR_FAILURES = 20.0, 0.2
 OUTCOME_HALF_LIFE_S = 60.0
 KEEP_S = 0.25
 """How long an estimate is handed out again while nothing happens that would change it but the passing of time."""
+MAX_KEPT = 8
+"""Estimates of one play that are handed out again: behind other requests, of another accuracy."""
+
+Habit: TypeAlias = tuple[str, str, bool, bool]
+"""A sort of decision: latency class, accuracy mode, whether the variant was pinned, whether only some plays were let
+pass."""
 
 
 class Window:
@@ -187,7 +193,6 @@ class TrackRecord:
         "_bytes",
         "_cold",
         "_kept",
-        "_kept_for",
         "_kept_from",
         "_kept_until",
         "_link",
@@ -207,11 +212,10 @@ class TrackRecord:
         self._outcomes = Outcomes()
         self._waited_s = 0.0
         self._timed_out_at = -inf
-        self._kept: Estimate | None = None
-        self._kept_for: tuple[int, int, float, float] = (-1, 0, 0.0, 0.0)
+        self._kept: dict[tuple[int, int, float, float], Estimate] = {}
         self._kept_from = self._kept_until = 0.0
-        self.chosen: dict[str, int] = {}
-        """By latency class: the number of the latest decision that put it first."""
+        self.chosen: dict[Habit, int] = {}
+        """The number of the latest decision of each sort that put it first."""
         self.passed_over = 0
         """Requests that could have asked it since it was asked last."""
 
@@ -223,24 +227,24 @@ class TrackRecord:
             self._bytes = bytes
         self._outcomes.add(now, ok=True)
         self._timed_out_at = -inf
-        self._kept = None
+        self._kept.clear()
 
     def observe_failure(self, now: float) -> None:
         """An attempt failed by the target's fault."""
         self._outcomes.add(now, ok=False)
-        self._kept = None
+        self._kept.clear()
 
     def observe_timeout(self, now: float, waited_s: float) -> None:
         """An attempt was given up after `waited_s`: it would have taken at least that long."""
         self._waited_s = max(waited_s, self._waited_s) if now - self._timed_out_at <= TIMEOUT_MEMORY_S else waited_s
         self._timed_out_at = now
-        self._kept = None
+        self._kept.clear()
 
     def came_back(self) -> None:
         """The target was away and is there again: that it failed while it went is no reason to distrust it now."""
         self._outcomes = Outcomes()
         self._timed_out_at = -inf
-        self._kept = None
+        self._kept.clear()
 
     def link_point(self, now: float) -> tuple[int, float] | None:
         """Bytes and the median of link times, for the target's line; None if nothing was measured lately."""
@@ -254,13 +258,14 @@ class TrackRecord:
         """Of an attempt that starts now behind `in_flight` others on `parallel` servers. Not to be changed: it may be
         handed out again."""
         asked = (in_flight, parallel, cost_usd, accuracy)
-        if self._kept is None or self._kept_for != asked or not self._kept_from <= now < self._kept_until:
-            self._kept = self._made(now, in_flight, parallel, cost_usd, accuracy)
-            self._kept_for, self._kept_from, self._kept_until = asked, now, now + KEEP_S
+        if not self._kept or len(self._kept) > MAX_KEPT or not self._kept_from <= now < self._kept_until:
+            self._kept.clear()
             ends = self._timed_out_at + TIMEOUT_MEMORY_S
-            if now <= ends < self._kept_until:
-                self._kept_until = ends
-        return self._kept
+            self._kept_from, self._kept_until = now, min(now + KEEP_S, ends) if now <= ends else now + KEEP_S
+        estimate = self._kept.get(asked)
+        if estimate is None:
+            estimate = self._kept[asked] = self._made(now, in_flight, parallel, cost_usd, accuracy)
+        return estimate
 
     def _made(self, now: float, in_flight: int, parallel: int, cost_usd: float, accuracy: float) -> Estimate:
         ahead = max(0, in_flight - parallel + 1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,6 @@ from agent.core.types import LatencyClass
 
 ORDER = tuple(LatencyClass)
 """Tightest first."""
-MAX_SCAN = 64
-"""Waiting requests looked at for one free place: those behind them wait for the next one."""
 
 
 @dataclass(slots=True, order=True)
@@ -31,6 +29,7 @@ class Ticket:
     rank: tuple[int, int]
     """Lower is earlier: minus priority, then number of arrival."""
     latency_class: LatencyClass = field(compare=False)
+    question: Hashable = field(compare=False)
     holder: Any = field(compare=False)
 
     @property
@@ -39,12 +38,14 @@ class Ticket:
 
 
 class Line:
-    """The waiting requests."""
+    """The waiting requests. Those of one class and one `question` fit, or do not, all together: only the first of them
+    is looked at."""
 
     def __init__(self, settings: WaitingSection) -> None:
         self._settings = settings
         self._bounds = {kind: int(getattr(settings, kind.value)) for kind in ORDER}
         self._waiting: dict[LatencyClass, list[Ticket]] = {kind: [] for kind in ORDER}
+        self._by_question: dict[LatencyClass, dict[Hashable, list[Ticket]]] = {kind: {} for kind in ORDER}
         self._by_arrival: dict[LatencyClass, OrderedDict[int, Ticket]] = {kind: OrderedDict() for kind in ORDER}
         self._arrivals = 0
         self._passed_over = 0
@@ -66,7 +67,9 @@ class Line:
                 return False
         return False
 
-    def join(self, latency_class: LatencyClass, priority: int, holder: Any) -> tuple[Ticket | None, Ticket | None]:
+    def join(
+        self, latency_class: LatencyClass, priority: int, holder: Any, question: Hashable = None
+    ) -> tuple[Ticket | None, Ticket | None]:
         """The new ticket, None if there is no place for it; and whose place it took, None if there was one."""
         tickets = self._waiting[latency_class]
         evicted: Ticket | None = None
@@ -81,8 +84,9 @@ class Line:
         if evicted is not None:
             self.leave(evicted)
         self._arrivals += 1
-        ticket = Ticket((-priority, self._arrivals), latency_class, holder)
+        ticket = Ticket((-priority, self._arrivals), latency_class, question, holder)
         insort(tickets, ticket)
+        insort(self._by_question[latency_class].setdefault(question, []), ticket)
         self._by_arrival[latency_class][ticket.number] = ticket
         return ticket, evicted
 
@@ -90,8 +94,11 @@ class Line:
         """It waits no longer. False if it did not wait any more."""
         if self._by_arrival[ticket.latency_class].pop(ticket.number, None) is None:
             return False
-        tickets = self._waiting[ticket.latency_class]
-        del tickets[bisect_left(tickets, ticket)]
+        alike = self._by_question[ticket.latency_class]
+        for tickets in (self._waiting[ticket.latency_class], alike[ticket.question]):
+            del tickets[bisect_left(tickets, ticket)]
+        if not alike[ticket.question]:
+            del alike[ticket.question]
         return True
 
     def take(self, fits: Callable[[Ticket], bool]) -> Ticket | None:
@@ -109,14 +116,11 @@ class Line:
         return chosen
 
     def _first(self, fits: Callable[[Ticket], bool]) -> Ticket | None:
-        scanned = 0
         for kind in ORDER:
-            for ticket in self._waiting[kind]:
-                if fits(ticket):
-                    return ticket
-                scanned += 1
-                if scanned >= MAX_SCAN:
-                    return None
+            heads = sorted(tickets[0] for tickets in self._by_question[kind].values())
+            found = next(filter(fits, heads), None)
+            if found is not None:
+                return found
         return None
 
     def _longest(self, fits: Callable[[Ticket], bool]) -> Ticket | None:

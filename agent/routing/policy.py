@@ -61,6 +61,8 @@ AT_RISK, TOO_DEAR, BACKUP, LESS_RIGHT = 8, 4, 2, 1
 """What a group is the sum of; the lower the better."""
 STEADY = 0.001
 """Utility from accuracy and money that hysteresis may give away."""
+SLOWER = 2.0
+"""Times the median of the best play that one which hysteresis keeps may take: in time is not soon."""
 _WHY = {
     AT_RISK: "is not sure to be in time",
     TOO_DEAR: "costs too much",
@@ -224,7 +226,8 @@ class Policy:
         for ranked in possible:
             if ranked[5] == previous.variant and ranked[3] == previous.target:
                 near = ranked[0] == best[0] and ranked[1] - best[1] < self._settings.hysteresis
-                return ranked if near and self._as_good(question, ranked[6], best[6]) else None
+                soon = ranked[6].estimate.p50_s <= SLOWER * best[6].estimate.p50_s
+                return ranked if near and soon and self._as_good(question, ranked[6], best[6]) else None
         return None
 
     def _as_good(self, question: Question, kept: Candidate, best: Candidate) -> bool:

@@ -90,8 +90,7 @@ class RequestQueue:
         """One after the other: only when the last one has begun to ask can be told whether there is room for more."""
         if self._letting_in or not len(self._line):
             return
-        full: set[Hashable] = set()
-        ticket = self._line.take(lambda ticket: self._fits(ticket.holder, full))
+        ticket = self._line.take(lambda ticket: self._fits(ticket.holder))
         if ticket is not None:
             holder: _Holder = ticket.holder
             self._letting_in = True
@@ -119,7 +118,7 @@ class RequestQueue:
         if patience_s <= 0.0:
             raise self._refusal("deadline", "every place is taken, and the deadline leaves no time to wait")
         holder = _Holder(request, full, tried, asyncio.get_running_loop().create_future())
-        ticket, evicted = self._line.join(request.latency_class, request.priority, holder)
+        ticket, evicted = self._line.join(request.latency_class, request.priority, holder, _question(request))
         if evicted is not None and not evicted.holder.granted.done():
             evicted.holder.granted.set_exception(
                 self._refusal("evicted", "gave its place in the line to a more urgent request")
@@ -152,16 +151,10 @@ class RequestQueue:
         self._in_service -= 1
         self._came_in()
 
-    def _fits(self, holder: _Holder, full: set[Hashable]) -> bool:
-        """`full`: questions for which no target had room a moment ago, so that nobody works that out again."""
-        if holder.granted.done() or holder.tried == self._events or holder.question in full:
+    def _fits(self, holder: _Holder) -> bool:
+        if holder.granted.done() or holder.tried == self._events:
             return False
-        if not self._free(holder.request):
-            return False
-        if not holder.full():
-            return True
-        full.add(holder.question)
-        return False
+        return self._free(holder.request) and not holder.full()
 
     def _free(self, request: InferenceRequest) -> bool:
         return self._in_service < self._shares.places(request.latency_class, self._places)
@@ -179,9 +172,9 @@ class RequestQueue:
 
 
 class _Holder:
-    """Whose ticket it is, and what it waits for. Requests with one `question` find the same targets full."""
+    """Whose ticket it is, and what it waits for."""
 
-    __slots__ = ("full", "granted", "question", "request", "tried")
+    __slots__ = ("full", "granted", "request", "tried")
 
     def __init__(
         self, request: InferenceRequest, full: Callable[[], bool], tried: int, granted: asyncio.Future[None]
@@ -190,11 +183,8 @@ class _Holder:
         self.full = full
         self.tried = tried
         self.granted = granted
-        self.question: Hashable = (
-            request.latency_class,
-            request.model,
-            request.variant,
-            request.accuracy,
-            request.priority,
-            request.allowed_regions,
-        )
+
+
+def _question(request: InferenceRequest) -> Hashable:
+    """Equal for requests of one class that find the same targets full."""
+    return request.model, request.variant, request.accuracy, request.priority, request.allowed_regions

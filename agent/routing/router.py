@@ -12,7 +12,7 @@ from agent.registry.catalog import Family, Variant, complexity
 from agent.routing.attempt import AccuracyOf, Asking, TargetState
 from agent.routing.breaker import Breaker, BreakerState
 from agent.routing.decision import Budgets, Candidate, Constraint, Decision, Limit, Play, Question
-from agent.routing.estimate import Estimate, TrackRecord
+from agent.routing.estimate import Estimate, Habit, TrackRecord
 from agent.routing.policy import Policy
 from agent.routing.walk import MARGIN_S, NoAnswer, Routed, Variants, Walk, breaker_reason
 from agent.targets.base import Target, TargetTraits
@@ -138,9 +138,16 @@ class Router:
         asking = Asking(request, family, end, self._clock, self._budgets)
         variants: dict[Play, Variant] = {}
         candidates: list[Candidate] = []
-        latest, previous = 0, None
+        latest, previous, kind = 0, None, _habit(request, among)
+        cascade = (
+            request.accuracy is AccuracyMode.ADAPTIVE
+            and request.variant is None
+            and self._settings.policy == "utility"
+            and self._can_ask_again(request, family, end - MARGIN_S, now)
+        )
         for state in self._states.values():
-            able = state.target.variants_for(family, request.variant)
+            avoided = state.traits.tier in request.avoid
+            able = () if avoided else state.target.variants_for(family, request.variant)
             if among is not None:
                 able = [variant for variant in able if among(state.traits, variant)]
                 if not able:
@@ -149,8 +156,8 @@ class Router:
             for variant in able:
                 play, record = state.play(variant), state.record(variant)
                 variants[play] = variant
-                candidates.append(_candidate(state, variant, play, record, facts, asking, now))
-                chosen = record.chosen.get(request.latency_class, 0)
+                candidates.append(_candidate(state, variant, play, record, facts, asking, now, cascade=cascade))
+                chosen = record.chosen.get(kind, 0)
                 if chosen > latest:
                     latest, previous = chosen, play
             if not able:
@@ -167,6 +174,20 @@ class Router:
         )
         return self._policy.decide(question, candidates), variants
 
+    def _can_ask_again(self, request: InferenceRequest, family: Family, end: float, now: float) -> bool:
+        """Whether the family's most accurate variant could answer in time: only then does a cascade gain anything."""
+        regions = request.allowed_regions
+        for state in self._states.values():
+            traits = state.traits
+            if traits.tier in request.avoid or (regions and traits.tier.is_cloud and traits.region not in regions):
+                continue
+            if not state.target.availability().available or not state.breaker.allows(now):
+                continue
+            for variant in state.target.variants_for(family, None):
+                if variant.asked_last and now + state.estimate(variant, now).p50_s <= end:
+                    return True
+        return False
+
     def _floor(self, request: InferenceRequest, family: Family) -> float:
         if request.accuracy is not AccuracyMode.ACCEPTABLE or self._floor_of is None:
             return 0.0
@@ -181,28 +202,34 @@ class Router:
         """
         end = request.deadline if deadline is None else min(deadline, request.deadline)
         decision, variants = self.decide(request, family, self._clock.monotonic(), among=among, deadline=end)
-        self._remember(request.latency_class, decision, variants)
+        self._remember(request, decision, variants, _habit(request, among))
         asking = Asking(request, family, end, self._clock, self._budgets)
         walk = Walk(asking, decision, variants, self._states, self._settings)
         if self._watcher is not None:
             self._watcher(request, decision, walk.attempts)
         return await walk.run()
 
-    def _remember(self, latency_class: LatencyClass, decision: Decision, variants: Variants) -> None:
+    def _remember(self, request: InferenceRequest, decision: Decision, variants: Variants, habit: Habit) -> None:
         """What was chosen, for hysteresis; what was passed over, for probes."""
         self._decisions += 1
         for position, play in enumerate(decision.ranked):
             record = self._states[play.target].record(variants[play])
             if position == 0:
                 record.passed_over = 0
-                record.chosen[latency_class] = self._decisions
-            elif latency_class is not LatencyClass.REALTIME:
+                record.chosen[habit] = self._decisions
+            elif request.latency_class is not LatencyClass.REALTIME:
                 record.passed_over += 1
 
     def status(self) -> list[dict[str, Any]]:
         """Every target for `/status`, in the order of the chain."""
         now = self._clock.monotonic()
         return [target_status(state, now) for state in self._states.values()]
+
+
+def _habit(request: InferenceRequest, among: Among | None) -> Habit:
+    """What a choice counts as a precedent for. A pinned variant and the second step of a cascade leave less to choose
+    from: what they take says nothing about what a free choice should stay with."""
+    return request.latency_class, request.accuracy, request.variant is not None, among is not None
 
 
 def target_status(state: TargetState, now: float) -> dict[str, Any]:
@@ -265,11 +292,11 @@ def _candidate(
     facts: _Facts,
     asking: Asking,
     now: float,
+    *,
+    cascade: bool,
 ) -> Candidate:
     traits, in_flight = state.traits, state.in_flight
-    request, accuracy = asking.request, state.accuracy_of(variant)
-    if request.accuracy is AccuracyMode.ADAPTIVE and request.variant is None:
-        accuracy = min(1.0, accuracy + variant.cascade_gain)
+    accuracy = min(1.0, state.accuracy_of(variant) + (variant.cascade_gain if cascade else 0.0))
     estimate = record.estimate(now, in_flight, traits.parallel, traits.cost_usd, accuracy)
     unavailable, broken, limit = facts
     return Candidate(

@@ -168,7 +168,7 @@ class Shadow:
         now = self._clock.monotonic()
         self._money.take(0.0, now)
         free = {
-            traits.name
+            traits.name: traits.cost_usd
             for traits, in_flight, limit in self._router.lanes(LatencyClass.BATCH)
             if _half_free(in_flight, limit) and traits.cost_usd <= self._money.left
         }
@@ -193,6 +193,9 @@ class Shadow:
         self.counters["asked"] += 1
         try:
             routed = await self._router.run(question, sample.family, among=among)
+        except asyncio.CancelledError:
+            self._pay(max(free.values(), default=0.0))  # the lane may charge for it all the same
+            raise
         except NoAnswer as failure:
             self._pay(failure.cost_usd)
             self.counters["failed"] += 1

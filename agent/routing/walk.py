@@ -94,7 +94,7 @@ class Walk:
         """Ask until one answers. Raises `NoAnswer`."""
         left = list(self._decision.ranked)
         while left and self._tries_left() > 0:
-            play = left.pop(0)
+            play = left.pop(self._position(left))
             side = self._side(play, left)
             if self._attempts or len(left) + 1 < len(self._decision.ranked):
                 found = self._objection(side)
@@ -115,6 +115,25 @@ class Walk:
                     self._decision,
                 )
         raise self._no_answer()
+
+    def _position(self, left: Sequence[Play]) -> int:
+        """Of the play to ask now. Once time has passed, what may not be in time any more waits for what will be: two
+        lanes over one dead link must not use up the time that the edge would have answered in."""
+        if not self._attempts:
+            return 0
+        now = self._asking.clock.monotonic()
+        room_s = self._end - now
+        for position, play in enumerate(left):
+            state = self._states[play.target]
+            gone = standing(state, self._latency_class, now) is not None
+            if gone and position == 0:
+                return 0  # to be skipped, and to say why
+            if not gone and state.estimate(self._variants[play], now).p95_s <= room_s:
+                if position:
+                    passed = left[0].target
+                    self._reasons.append(f"{passed}: put off: not sure to answer in the {room_s * 1e3:.1f} ms left")
+                return position
+        return 0
 
     async def _try(self, side: Side, left: list[Play]) -> tuple[TargetAnswer | None, Side]:
         """One attempt, or two that overlap; the second is then taken off what is left."""
@@ -165,8 +184,9 @@ class Walk:
         state, variant = self._states[play.target], self._variants[play]
         now = self._asking.clock.monotonic()
         until = self._end
+        least_s = state.estimate(variant, now).p95_s + self._spare_s(now)  # one in twenty takes longer than its p95
         for reserve_s in self._reserves_s(following, now) if self._tries_left() > 1 else ():
-            if self._end - reserve_s >= now + state.estimate(variant, now).p95_s:
+            if self._end - reserve_s >= now + least_s:
                 until = self._end - reserve_s
                 break
         return Side(state, variant, self._bounded(state, until, now))
@@ -180,9 +200,13 @@ class Walk:
         ]
         if not others:
             return ()
-        share, quickest_s = RESERVE_SHARE * (self._end - now), min(others)
-        spare_s = min(GRACE_S, share)
-        return max(RESERVE_FACTOR * quickest_s, share) + spare_s, quickest_s + spare_s
+        spare_s, quickest_s = self._spare_s(now), min(others)
+        ample_s = max(RESERVE_FACTOR * quickest_s, RESERVE_SHARE * (self._end - now))
+        return ample_s + spare_s, quickest_s + spare_s
+
+    def _spare_s(self, now: float) -> float:
+        """What an attempt may overrun by, and what it is to have beyond its p95."""
+        return min(GRACE_S, RESERVE_SHARE * (self._end - now))
 
     def _bounded(self, state: TargetState, until: float, now: float | None = None) -> float:
         """By what any single attempt on the target may take."""
@@ -214,7 +238,7 @@ class Walk:
         now = self._asking.clock.monotonic()
         first_s, room_s = side.state.estimate(side.variant, now).p95_s, self._end - now
         reserves_s = self._reserves_s(following, now)
-        if not reserves_s or room_s - reserves_s[0] >= first_s:
+        if not reserves_s or room_s - reserves_s[0] >= first_s + self._spare_s(now):
             return None
         for play in following:
             state, variant = self._states[play.target], self._variants[play]
@@ -223,7 +247,7 @@ class Walk:
             estimate = state.estimate(variant, now)
             after_s = max(first_s, room_s - estimate.p95_s)
             if standing(state, self._latency_class, now) is None and after_s + estimate.p50_s <= room_s:
-                return Side(state, variant, self._bounded(state, self._end)), after_s
+                return Side(state, variant, self._bounded(state, self._end, now + after_s)), after_s
         return None
 
 

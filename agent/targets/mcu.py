@@ -24,6 +24,7 @@ from agent.registry.catalog import Catalog, Family, Variant
 from agent.registry.tensors import from_variant, pack, to_variant, unpack
 from agent.targets.base import AVAILABLE, Availability, TargetTraits
 from agent.targets.mcu_board import Board, Connect
+from agent.targets.mcu_stream import Deliver, StreamKeeper
 from agent.wire.codes import ErrorCode
 from agent.wire.messages import MODEL_ID_BYTES
 
@@ -42,7 +43,8 @@ _TOO_LATE: Final = (ErrorCode.DEADLINE, ErrorCode.CANCELLED)
 class McuTarget:
     """All boards of `section.ports`. A request goes to the least loaded one that runs its variant, in turn if equal.
 
-    `max_bytes` is the largest model file the tier takes; `connect` opens a port, `random` gives floats in 0 .. 1.
+    `max_bytes` is the largest model file the tier takes; `connect` opens a port, `random` gives floats in 0 .. 1;
+    `deliver` gets what the boards sample themselves. Raises `UnknownModel` for a stream of a family that is not there.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class McuTarget:
         max_bytes: float = 1e6,
         connect: Connect = open_serial,
         random: Callable[[], float] = random.random,
+        deliver: Deliver = lambda streamed: None,
     ) -> None:
         self._traits = TargetTraits(
             name="edge_mcu",
@@ -70,6 +73,7 @@ class McuTarget:
         self._clock = clock
         self._max_concurrent = section.max_concurrent
         self._turn = 0
+        streams = [StreamKeeper(stream, catalog.family(stream.model), clock, deliver) for stream in section.streams]
         self._boards = tuple(
             Board(
                 port,
@@ -79,7 +83,9 @@ class McuTarget:
                 connect=connect,
                 max_concurrent=section.max_concurrent,
                 health_check_interval=section.health_check_interval,
+                signed_only=section.require_signed_updates,
                 random=random,
+                streams=streams,
             )
             for port in section.ports
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +16,9 @@ from agent.link.calls import RemoteError
 from agent.link.session import Session
 from agent.link.transport import Transport
 from agent.registry.catalog import Catalog, Variant
-from agent.wire.codes import Capability, LogLevel, name_of
+from agent.targets.mcu_stream import StreamKeeper
+from agent.targets.mcu_trial import settle_trial
+from agent.wire.codes import Capability, LogLevel, Rollback, SlotState, name_of
 from agent.wire.messages import Hello, Log
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,8 @@ STABLE_S: Final = 10.0
 """A line that lived this long begins its back-off anew; one that flaps does not."""
 PING_TIMEOUT_S: Final = 1.0
 """A healthy MCU answers once its current run is over: 43 ms for keyword spotting on a Cortex-M4."""
+SYNC_PINGS: Final = 16
+"""At the beginning, one after the other: together they bound the clock's offset."""
 PING_FAILURES: Final = 2
 """Unanswered PINGs in a row that mean the board is gone: one may fall to line noise."""
 LOG_LEVELS: Final[Mapping[int, int]] = {
@@ -68,7 +72,9 @@ class Board:
         connect: Connect,
         max_concurrent: int,
         health_check_interval: float,
+        signed_only: bool = False,
         random: Callable[[], float],
+        streams: Sequence[StreamKeeper] = (),
     ) -> None:
         self.port = port
         self.in_flight = 0
@@ -78,8 +84,11 @@ class Board:
         self._catalog = catalog
         self._clock = clock
         self._connect = connect
+        self._streams = tuple(streams)
+        self._streaming: StreamKeeper | None = None
         self._max_concurrent = max_concurrent
         self._health_check_interval = health_check_interval
+        self._signed_only = signed_only
         self._backoff = Backoff(RECONNECT_INITIAL_S, RECONNECT_MAX_S, random)
         self._session: Session | None = None
         self._hello: Hello | None = None
@@ -90,9 +99,11 @@ class Board:
         """The line was opened, so that its end is a loss."""
         self._task: asyncio.Task[None] | None = None
         self._round_trip_s: float | None = None
-        self._clock_offset_s: float | None = None
         self._mcu_counters: Mapping[str, int] = {}
         self._refreshing: asyncio.Task[None] | None = None
+        self._settling: asyncio.Task[None] | None = None
+        self._rolled_back: tuple[object, ...] = ()
+        """What was told already: the board goes on saying it."""
 
     @property
     def variant(self) -> Variant | None:
@@ -126,11 +137,11 @@ class Board:
         self._task.add_done_callback(self._ended)
 
     async def stop(self) -> None:
-        for task in (self._task, self._refreshing):
+        for task in (self._task, self._refreshing, self._settling):
             if task is not None:
                 task.cancel()
                 await asyncio.wait([task])
-        self._task = self._refreshing = None
+        self._task = self._refreshing = self._settling = None
         self._enter(BoardState.STOPPED, f"{self.port}: stopped")
 
     def refresh(self) -> None:
@@ -156,10 +167,25 @@ class Board:
             "window": hello.window if hello is not None else None,
             "model": self.variant.name if self.variant is not None else None,
             "model_sha256": active.sha256.hex() if active is not None else None,
+            "in_trial": hello is not None and hello.trial is not None,
+            "rollback": name_of(hello.rollback).lower() if hello is not None and hello.rollback else None,
             "round_trip_ms": None if self._round_trip_s is None else round(self._round_trip_s * 1e3, 3),
-            "clock_offset_ms": None if self._clock_offset_s is None else round(self._clock_offset_s * 1e3, 3),
+            **self._clock_status(),
+            "stream": self._streaming.status() if self._streaming is not None else None,
             "counters": session.status() if session is not None else {},
             "mcu_counters": dict(self._mcu_counters),
+        }
+
+    def _clock_status(self) -> dict[str, Any]:
+        """The board's clock less the gateway's monotonic one, how wrong that may be, and how fast it changes."""
+        sync = self._session.clock_sync if self._session is not None else None
+        known = sync.estimate(self._clock.monotonic()) if sync is not None else None
+        if sync is None or known is None:
+            return {"clock_offset_s": None, "clock_error_ms": None, "clock_drift_ppm": None}
+        return {
+            "clock_offset_s": round(known.offset_s, 6),
+            "clock_error_ms": round(known.bound_s * 1e3, 3),
+            "clock_drift_ppm": round(sync.drift * 1e6, 1),
         }
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -212,36 +238,50 @@ class Board:
             self._connected = True
             self._enter(BoardState.CONNECTED, "")
             self._adopt(session.hello)
-            return await self._watch(session)
+            return await self._served(session)
         finally:
             self._session = self._hello = self._variant = None
-            self._round_trip_s = self._clock_offset_s = None
+            self._round_trip_s = None
             self._mcu_counters = {}
             session.close()
 
+    async def _served(self, session: Session) -> LinkError:
+        """Watched, and streaming if a stream is configured for this board, until the line is lost."""
+        wanted = (keeper for keeper in self._streams if keeper.wants(self.port, session.hello))
+        self._streaming = next(wanted, None)
+        task = None
+        if self._streaming is not None:
+            running = self._streaming.run(session, lambda: self.variant, lambda: self.provider)
+            task = asyncio.create_task(running, name=f"stream {self._streaming.section.name}")
+        try:
+            return await self._watch(session)
+        finally:
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
+
     async def _watch(self, session: Session) -> LinkError:
-        """Until the line is lost; PINGs while it is idle."""
+        """Until the line is lost. A PING that is not answered counts only if nothing else came either."""
         lost = asyncio.create_task(session.wait_lost())
-        failures = 0 if await self._healthy(session) else 1
+        failures = 0 if await self._healthy(session, SYNC_PINGS) else 1
         try:
             while True:
                 done, _ = await asyncio.wait([lost], timeout=self._health_check_interval)
                 if done:
                     return lost.result()
-                idle_s = self._clock.monotonic() - session.last_received
-                if idle_s < self._health_check_interval:
-                    failures = 0
-                    continue
-                failures = 0 if await self._healthy(session) else failures + 1
+                asked = self._clock.monotonic()
+                healthy = await self._healthy(session)
+                failures = 0 if healthy or session.last_received >= asked else failures + 1
                 if failures >= PING_FAILURES:
                     return LinkError(f"{self.port}: no answer to {failures} PINGs")
         finally:
             lost.cancel()
 
-    async def _healthy(self, session: Session) -> bool:
+    async def _healthy(self, session: Session, pings: int = 1) -> bool:
         try:
-            pinged = await session.ping(b"", self._clock.monotonic() + PING_TIMEOUT_S)
-            self._round_trip_s, self._clock_offset_s = pinged.round_trip_s, pinged.offset_s
+            for _ in range(pings):
+                pinged = await session.ping(b"", self._clock.monotonic() + PING_TIMEOUT_S)
+                self._round_trip_s = pinged.round_trip_s
             self._mcu_counters = (await session.stats(self._clock.monotonic() + PING_TIMEOUT_S)).by_name()
         except (TimeoutError, EdgeAgentError) as error:
             log.warning("board did not answer a health check", extra=self._about(str(error)))
@@ -259,13 +299,26 @@ class Board:
             self._adopt(hello)
 
     def _adopt(self, hello: Hello) -> None:
+        rolled_back = (hello.rollback, *(slot.sha256 for slot in hello.slots if slot.state == SlotState.BAD))
+        if hello.rollback and rolled_back != self._rolled_back:
+            why = hello.rollback.words if isinstance(hello.rollback, Rollback) else str(hello.rollback)
+            log.warning("board took its last model back", extra=self._about(why))
+        self._rolled_back = rolled_back
         self._hello = hello
+        if hello.trial is not None and self._session is not None and not self._is_settling():
+            settling = settle_trial(
+                self.port, self._session, hello.trial, self._catalog, self._clock, signed_only=self._signed_only
+            )
+            self._settling = asyncio.create_task(settling, name=f"trial {self.port}")
         self._variant, self._reason = self._usable(hello)
         about = {"board": hello.board, "build": hello.build, "engine": hello.engine}
         if self._variant is not None:
             log.info("board ready", extra={"port": self.port, "model": self._variant.name, **about})
         else:
             log.warning("board cannot be asked", extra={**self._about(self._reason), **about})
+
+    def _is_settling(self) -> bool:
+        return self._settling is not None and not self._settling.done()
 
     def _usable(self, hello: Hello) -> tuple[Variant | None, str]:
         """What the board runs, or why it is of no use."""
@@ -274,6 +327,8 @@ class Board:
             return None, f"{self.port}: its firmware was built without an engine"
         if active is None:
             return None, f"{self.port}: no model is active: push one with edge-agent mcu push"
+        if hello.trial is not None:
+            return None, f"{self.port}: its model {active.sha256.hex()[:12]} is in trial, not confirmed yet"
         variant = self._catalog.by_sha256(active.sha256.hex())
         if variant is None:
             return None, f"{self.port}: its model {active.sha256.hex()[:12]} is not in the catalogue"

@@ -324,9 +324,20 @@ def _state_families(status: Mapping[str, Any]) -> Iterator[Metric]:
                 for n in _number(entry.get(key))
             ],
         )
-    for section in ("cache", "outbox", "doors", "load", "overload"):
+    for section in ("cache", "outbox", "doors", "load", "overload", "security"):
         readings = [((name,), n) for name, n in _numbers(_mapping(status, section))]
         yield _gauge(section, f"Numbers of the section `{section}` of /status.", ("reading",), readings)
+    yield _gauge(
+        "certificate_days",
+        "Days until a certificate ends; negative once it has.",
+        ("certificate",),
+        [
+            ((str(one.get("name")),), n)
+            for one in _list(status, "certificates")[:MAX_READINGS]
+            if isinstance(one, Mapping)
+            for n in _number(one.get("days_left"))
+        ],
+    )
     yield _gauge(
         "component_up",
         "1: the component's state is up.",

@@ -51,6 +51,11 @@ class Reader:
     def text8(self, field: str) -> str:
         return text_of(self.take(self.u8(field), field))
 
+    @property
+    def ended(self) -> bool:
+        """Nothing is left: what follows are the fields of a later minor version."""
+        return self._at == len(self._body)
+
     def rest(self) -> bytes:
         return self._body[self._at :]
 

@@ -6,7 +6,9 @@ from enum import IntEnum, IntFlag
 from typing import Final, TypeVar
 
 PROTOCOL_MAJOR: Final = 1
-PROTOCOL_MINOR: Final = 0
+PROTOCOL_MINOR: Final = 1
+TRIAL_MINOR: Final = 1
+"""From here on a new model is in trial until it is confirmed, and manifests have format 2."""
 
 NO_SLOT: Final = 0xFF
 """`MODEL_STATUS.slot` when there is none."""
@@ -40,13 +42,20 @@ class MessageType(IntEnum):
     MODEL_COMMIT = 0x12
     MODEL_ABORT = 0x13
     MODEL_QUERY = 0x14
+    MODEL_CONFIRM = 0x15
+    MODEL_ROLLBACK = 0x16
     STATS_REQ = 0x20
+    STREAM_START = 0x30
+    STREAM_CREDIT = 0x31
+    STREAM_STOP = 0x32
     HELLO = 0x81
     PONG = 0x82
     RESULT = 0x83
     MODEL_STATUS = 0x90
     STATS = 0xA0
     LOG = 0xA1
+    STREAM_STATUS = 0xB0
+    STREAM_RESULT = 0xB1
     ERROR = 0xFF
 
 
@@ -77,6 +86,9 @@ class ErrorCode(IntEnum):
     SELFTEST = 22
     FLASH = 23
     INTERNAL = 24
+    BOARD = 25
+    IN_TRIAL = 26
+    SENSOR = 27
 
 
 class SlotState(IntEnum):
@@ -88,6 +100,32 @@ class SlotState(IntEnum):
     TRIAL = 3
     ACTIVE = 4
     BAD = 5
+
+
+class Rollback(IntEnum):
+    """Why the board took its last trial back."""
+
+    NONE = 0
+    RESET = 1
+    CRASH = 2
+    TIMEOUT = 3
+    INVOKE = 4
+    REQUESTED = 5
+
+    @property
+    def words(self) -> str:
+        """The same for people: `it was reset before the model was confirmed`."""
+        return _ROLLBACK_WORDS[self]
+
+
+_ROLLBACK_WORDS: Final = {
+    Rollback.NONE: "nothing was rolled back",
+    Rollback.RESET: "the board was reset before the model was confirmed",
+    Rollback.CRASH: "the board crashed or hung with the model",
+    Rollback.TIMEOUT: "the model was not confirmed in time",
+    Rollback.INVOKE: "an inference with the model failed",
+    Rollback.REQUESTED: "the gateway asked for it",
+}
 
 
 class ResetCause(IntEnum):
@@ -114,6 +152,15 @@ class Capability(IntFlag):
 class SignatureKind(IntEnum):
     NONE = 0
     ED25519 = 1
+
+
+class SendInputs(IntEnum):
+    """Which results of a stream carry the inputs they were computed from."""
+
+    NEVER = 0
+    BELOW = 1
+    """The threshold: those that the board is not sure of."""
+    ALWAYS = 2
 
 
 class LogLevel(IntEnum):
@@ -144,3 +191,6 @@ class StatId(IntEnum):
     ANSWERS_REPEATED = 16
     FLASH_OPERATIONS = 17
     QUEUE_HIGH_WATER = 18
+    TRIAL_LEFT_US = 19
+    STREAM_RESULTS = 23
+    STREAM_SKIPPED = 24

@@ -16,11 +16,13 @@ from typing import ClassVar, Final, Self
 from agent.core.errors import ProtocolError
 from agent.wire.body import SHA256_BYTES, NoBody, Reader, exactly, str8, text_of
 from agent.wire.codes import (
+    TRIAL_MINOR,
     Capability,
     ErrorCode,
     LogLevel,
     MessageType,
     ResetCause,
+    Rollback,
     SlotState,
     StatId,
     known,
@@ -86,10 +88,15 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What the MCU is, has and holds. Sizes are bytes."""
+    """What the MCU is, has and holds. Sizes are bytes.
+
+    `rollback`: why its last trial was taken back. `trial_s`: how long a trial may last there, in seconds; 0 where a new
+    model is active at once (minor version 0).
+    """
 
     TYPE: ClassVar = MessageType.HELLO
     _LAYOUT: ClassVar = struct.Struct("<BBHIBBQIIIQ")
+    _TRIAL: ClassVar = struct.Struct("<BH")
 
     major: int
     minor: int
@@ -107,11 +114,18 @@ class Hello:
     engine: str
     operators: tuple[int, ...]
     slots: tuple[Slot, ...]
+    rollback: int = Rollback.NONE
+    trial_s: int = 0
 
     @property
     def active(self) -> Slot | None:
         """The slot whose model INFER runs."""
         return next((slot for slot in self.slots if slot.runs), None)
+
+    @property
+    def trial(self) -> Slot | None:
+        """The same, if it was not confirmed yet."""
+        return next((slot for slot in self.slots if slot.state == SlotState.TRIAL), None)
 
     def to_bytes(self) -> bytes:
         head = self._LAYOUT.pack(
@@ -129,7 +143,9 @@ class Hello:
         )
         texts = str8(self.board) + str8(self.build) + str8(self.engine)
         operators = bytes([len(self.operators), *self.operators])
-        return head + texts + operators + bytes([len(self.slots)]) + b"".join(slot.to_bytes() for slot in self.slots)
+        slots = bytes([len(self.slots)]) + b"".join(slot.to_bytes() for slot in self.slots)
+        trial = self._TRIAL.pack(self.rollback, self.trial_s) if self.minor >= TRIAL_MINOR else b""
+        return head + texts + operators + slots + trial
 
     @classmethod
     def from_bytes(cls, body: bytes) -> Self:
@@ -141,6 +157,7 @@ class Hello:
         board, build, engine = reader.text8("board"), reader.text8("build"), reader.text8("engine")
         operators = tuple(reader.take(reader.u8("operators"), "operators"))
         slots = tuple(Slot.read(reader) for _ in range(reader.u8("slots")))
+        rollback, trial_s = (0, 0) if reader.ended else reader.unpack(cls._TRIAL, "trial_s")
         if max_frame < MIN_MAX_FRAME or window < 1:
             raise ProtocolError(
                 f"HELLO announces max_frame {max_frame} and window {window}; the least are {MIN_MAX_FRAME} and 1"
@@ -164,6 +181,8 @@ class Hello:
             engine,
             operators,
             slots,
+            known(Rollback, rollback),
+            trial_s,
         )
 
 

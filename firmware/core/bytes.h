@@ -18,8 +18,11 @@ class Reader {
 
   uint8_t u8() { return static_cast<uint8_t>(integer(1)); }
   uint16_t u16() { return static_cast<uint16_t>(integer(2)); }
-  uint32_t u32() { return static_cast<uint32_t>(integer(4)); }
-  uint64_t u64() { return integer(8); }
+  uint32_t u32() { return integer(4); }
+  uint64_t u64() {
+    const uint32_t low = u32();
+    return static_cast<uint64_t>(u32()) << 32 | low;
+  }
 
   Span take(size_t count) {
     if (count > left_) {
@@ -33,7 +36,7 @@ class Reader {
     return span;
   }
 
-  void copy(uint8_t* out, size_t count) {
+  void copy(void* out, size_t count) {
     const Span span = take(count);
     if (span.size == count && count > 0) memcpy(out, span.data, count);
   }
@@ -42,10 +45,10 @@ class Reader {
   bool ok() const { return !failed_; }
 
  private:
-  uint64_t integer(size_t width) {
+  uint32_t integer(size_t width) {
     const Span span = take(width);
-    uint64_t value = 0;
-    for (size_t i = 0; i < span.size; ++i) value |= static_cast<uint64_t>(span.data[i]) << (8 * i);
+    uint32_t value = 0;
+    for (size_t i = span.size; i-- > 0;) value = value << 8 | span.data[i];
     return value;
   }
 
@@ -61,7 +64,13 @@ class Writer {
   void u8(uint8_t value) { integer(value, 1); }
   void u16(uint16_t value) { integer(value, 2); }
   void u32(uint32_t value) { integer(value, 4); }
-  void u64(uint64_t value) { integer(value, 8); }
+  // All of it or nothing.
+  void u64(uint64_t value) {
+    uint8_t* to = reserve(8);
+    if (to == nullptr) return;
+    put(to, static_cast<uint32_t>(value), 4);
+    put(to + 4, static_cast<uint32_t>(value >> 32), 4);
+  }
 
   void bytes(const void* data, size_t count) {
     uint8_t* to = reserve(count);
@@ -97,9 +106,13 @@ class Writer {
     return to;
   }
 
-  void integer(uint64_t value, size_t width) {
+  void integer(uint32_t value, size_t width) {
     uint8_t* to = reserve(width);
-    for (size_t i = 0; to != nullptr && i < width; ++i) to[i] = static_cast<uint8_t>(value >> (8 * i));
+    if (to != nullptr) put(to, value, width);
+  }
+
+  static void put(uint8_t* to, uint32_t value, size_t width) {
+    for (size_t i = 0; i < width; ++i, value >>= 8) to[i] = static_cast<uint8_t>(value);
   }
 
   uint8_t* out_;

@@ -1,131 +1,146 @@
 // Reads a FlatBuffer of unknown origin. Every access is checked against the buffer; after the first that does
 // not fit, `ok()` is false and everything reads as zero or empty.
+//
+// Positions are 32 bits wide: a buffer of 2 GiB or more does not fit them, and is refused at once.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "core/bytes.h"
+#include "core/limits.h"
 
 namespace edge::flatbuffer {
 
 class Buffer {
  public:
-  explicit Buffer(Span span) : span_(span) {}
+  explicit Buffer(Span span) : span_(span), ok_(span.size <= INT32_MAX) {}
 
   bool ok() const { return ok_; }
-  size_t size() const { return span_.size; }
+  const uint8_t* at(uint32_t position) const { return span_.data + position; }
   void fail() { ok_ = false; }
 
-  // True if `count` items of `width` bytes fit at `at`. A uint64_t product of two 32-bit numbers cannot
-  // overflow.
-  bool inside(uint64_t at, uint64_t count, uint64_t width) {
-    if (at > span_.size || count * width > span_.size - at) ok_ = false;
+  // True if `count` items of `width` bytes fit at `at`.
+  bool inside(uint32_t at, uint32_t count, uint32_t width) {
+    const uint32_t size = static_cast<uint32_t>(span_.size);
+    if (at > size || count > (size - at) / width) ok_ = false;
     return ok_;
   }
 
-  uint64_t scalar(uint64_t at, size_t width) {
+  // Of 1 to 4 bytes.
+  uint32_t scalar(uint32_t at, uint32_t width) {
     if (!inside(at, 1, width)) return 0;
-    uint64_t value = 0;
-    for (size_t i = 0; i < width; ++i) value |= static_cast<uint64_t>(span_.data[at + i]) << (8 * i);
+    uint32_t value = 0;
+    for (uint32_t i = width; i-- > 0;) value = value << 8 | span_.data[at + i];
     return value;
   }
 
-  const uint8_t* data(uint64_t at) const { return span_.data + at; }
+  // Where the offset at `at` points to, 0 if that is outside.
+  uint32_t follow(uint32_t at) {
+    const uint32_t relative = scalar(at, 4);
+    return inside(at, relative, 1) ? at + relative : 0;
+  }
 
  private:
   Span span_;
-  bool ok_ = true;
+  bool ok_;
 };
 
 // A vector of scalars or of offsets to tables. Absent reads as empty.
 class Vector {
  public:
   Vector() = default;
-  Vector(Buffer* buffer, uint64_t at, size_t width) : buffer_(buffer), at_(at + 4), width_(width) {
+  Vector(Buffer* buffer, uint32_t at, uint32_t width) : buffer_(buffer), at_(at + 4), width_(width) {
     if (at % 4 != 0) buffer->fail();
-    size_ = static_cast<uint32_t>(buffer->scalar(at, 4));
+    size_ = buffer->scalar(at, 4);
     if (!buffer->inside(at_, size_, width)) size_ = 0;
-    present_ = buffer->ok();
   }
 
-  bool present() const { return present_; }
   uint32_t size() const { return size_; }
-  uint64_t position() const { return at_; }
-  uint64_t u(uint32_t index) const {
+  uint32_t position() const { return at_; }
+  // Only of items of up to 4 bytes.
+  uint32_t u(uint32_t index) const {
     return index < size_ ? buffer_->scalar(at_ + index * width_, width_) : 0;
   }
   int32_t i32(uint32_t index) const { return static_cast<int32_t>(u(index)); }
   // Where the table at `index` begins.
-  uint64_t table_at(uint32_t index) const {
-    const uint64_t from = at_ + static_cast<uint64_t>(index) * 4;
-    return index < size_ ? from + buffer_->scalar(from, 4) : 0;
-  }
+  uint32_t table_at(uint32_t index) const { return index < size_ ? buffer_->follow(at_ + index * 4) : 0; }
 
  private:
   Buffer* buffer_ = nullptr;
-  uint64_t at_ = 0;
-  uint64_t width_ = 0;
+  uint32_t at_ = 0;
+  uint32_t width_ = 0;
   uint32_t size_ = 0;
-  bool present_ = false;
 };
 
 class Table {
  public:
-  Table(Buffer* buffer, uint64_t at) : buffer_(buffer), at_(at) {
+  Table(Buffer* buffer, uint32_t at) : buffer_(buffer), at_(at) {
     if (at % 4 != 0) buffer->fail();
-    const int64_t vtable = static_cast<int64_t>(at) - static_cast<int32_t>(buffer->scalar(at, 4));
-    if (vtable < 0 || vtable % 2 != 0) buffer->fail();
-    vtable_ = buffer->ok() ? static_cast<uint64_t>(vtable) : 0;
+    const uint32_t vtable = at - buffer->scalar(at, 4);  // a signed distance; outside, if it wraps around
+    if (vtable % 2 != 0) buffer->fail();
+    vtable_ = buffer->ok() ? vtable : 0;
     vtable_size_ = buffer->scalar(vtable_, 2);
     table_size_ = buffer->scalar(vtable_ + 2, 2);
     const bool sane = vtable_size_ >= 4 && vtable_size_ % 2 == 0 && table_size_ >= 4;
-    if (!sane || !buffer->inside(vtable_, vtable_size_, 1) || !buffer->inside(at, table_size_, 1))
+    if (!sane || vtable_size_ > 4 + 2 * kMaxTableFields || !buffer->inside(vtable_, vtable_size_, 1) ||
+        !buffer->inside(at, table_size_, 1))
       buffer->fail();
-    for (uint64_t field = 4; buffer->ok() && field < vtable_size_; field += 2) {
-      const uint64_t offset = buffer->scalar(vtable_ + field, 2);
+    for (uint32_t field = 4; buffer->ok() && field < vtable_size_; field += 2) {
+      const uint32_t offset = buffer->scalar(vtable_ + field, 2);
       if (offset != 0 && (offset < 4 || offset >= table_size_)) buffer->fail();
     }
   }
 
-  uint64_t end() const { return at_ + table_size_; }
+  uint32_t end() const { return at_ + table_size_; }
   bool has(unsigned field) { return offset(field) != 0; }
 
-  uint64_t u(unsigned field, size_t width, uint64_t fallback = 0) {
-    const uint64_t at = offset(field);
-    if (at == 0) return fallback;
-    if (at + width > table_size_) buffer_->fail();
-    return buffer_->scalar(at_ + at, width);
+  // Of 1 to 4 bytes; 0 if it is absent.
+  uint32_t u(unsigned field, uint32_t width) {
+    const uint32_t at = place(field, width);
+    return at == 0 ? 0 : buffer_->scalar(at, width);
   }
-  int32_t i32(unsigned field) { return static_cast<int32_t>(u(field, 4)); }
-  int8_t i8(unsigned field) { return static_cast<int8_t>(u(field, 1)); }
 
-  Vector vector(unsigned field, size_t width) {
-    const uint64_t at = target(field);
+  uint64_t u64(unsigned field) {
+    const uint32_t at = place(field, 8);
+    if (at == 0) return 0;
+    return static_cast<uint64_t>(buffer_->scalar(at + 4, 4)) << 32 | buffer_->scalar(at, 4);
+  }
+
+  Vector vector(unsigned field, uint32_t width) {
+    const uint32_t at = target(field);
     return at == 0 ? Vector() : Vector(buffer_, at, width);
   }
 
   // Where a table or vector field points to, 0 if it is absent.
-  uint64_t target(unsigned field) {
-    const uint64_t at = offset(field);
+  uint32_t target(unsigned field) {
+    const uint32_t at = place(field, 4);
     if (at == 0) return 0;
-    const uint64_t relative = u(field, 4);
-    if (relative == 0) buffer_->fail();
-    return buffer_->ok() ? at_ + at + relative : 0;
+    const uint32_t to = buffer_->follow(at);
+    if (to == at) buffer_->fail();
+    return buffer_->ok() ? to : 0;
   }
 
  private:
-  uint64_t offset(unsigned field) {
-    const uint64_t entry = 4 + 2 * static_cast<uint64_t>(field);
+  // Of a field of `width` bytes, 0 if it is absent.
+  uint32_t place(unsigned field, uint32_t width) {
+    const uint32_t at = offset(field);
+    if (at == 0) return 0;
+    if (at + width > table_size_) buffer_->fail();
+    return at_ + at;
+  }
+
+  uint32_t offset(unsigned field) {
+    const uint32_t entry = 4 + 2 * field;
     if (!buffer_->ok() || entry + 2 > vtable_size_) return 0;
     return buffer_->scalar(vtable_ + entry, 2);
   }
 
   Buffer* buffer_;
-  uint64_t at_;
-  uint64_t vtable_ = 0;
-  uint64_t vtable_size_ = 0;
-  uint64_t table_size_ = 0;
+  uint32_t at_;
+  uint32_t vtable_ = 0;
+  uint32_t vtable_size_ = 0;
+  uint32_t table_size_ = 0;
 };
 
 }  // namespace edge::flatbuffer

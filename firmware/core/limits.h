@@ -34,8 +34,22 @@ constexpr size_t kMaxMessage = EDGE_MAX_MESSAGE;
 #endif
 constexpr size_t kMaxWindow = EDGE_MAX_WINDOW;
 
-// An answer up to this size is kept for a RETRY. A class score vector fits; a picture is computed again.
-constexpr size_t kStoredAnswer = 256;
+// An answer up to this size is kept for a RETRY. A class score vector fits, and so does every answer to a
+// request that changes something; a picture is computed again.
+#ifndef EDGE_STORED_ANSWER
+#define EDGE_STORED_ANSWER 256
+#endif
+constexpr size_t kStoredAnswer = EDGE_STORED_ANSWER;
+
+// The sample of a stream with its outputs, from the moment it is taken until there is credit to send it.
+#ifndef EDGE_MAX_SAMPLE
+#define EDGE_MAX_SAMPLE EDGE_MAX_MESSAGE
+#endif
+constexpr size_t kMaxSample = EDGE_MAX_SAMPLE;
+static_assert(kMaxSample <= kMaxMessage && kMaxSample <= UINT16_MAX, "a sample travels as one message");
+
+// Between two samples of a stream: one hour, whose microseconds fit 32 bits.
+constexpr uint32_t kMaxIntervalMs = 3'600'000;
 
 // Images in flash: one runs, one is received.
 constexpr size_t kSlots = 2;
@@ -56,8 +70,16 @@ constexpr size_t kFlashAlign = 16;
 // The largest chunk, max_frame - 16, must be one that can be stored.
 static_assert((kMaxFrame - kFrameOverhead - 4) % kFlashAlign == 0, "EDGE_MAX_FRAME must be a multiple of 16");
 
-// One directory record: both slots' manifests (2 x 151 bytes), sequence and CRC, rounded up.
+// One directory record: both slots' manifests (2 x 183 bytes), sequence and CRC, rounded up.
 constexpr size_t kDirectoryRecord = 512;
+
+// How long a new model may run unconfirmed: a gateway needs seconds to prove it, a person who plugs a cable
+// in again a minute or two.
+#ifndef EDGE_TRIAL_S
+#define EDGE_TRIAL_S 300
+#endif
+constexpr uint32_t kTrialSeconds = EDGE_TRIAL_S;
+static_assert(kTrialSeconds >= 1 && kTrialSeconds <= 3600, "EDGE_TRIAL_S: 1 to 3600");
 
 // Between two kicks of the watchdog while hashing: under a millisecond on the slowest board.
 constexpr size_t kHashStep = 4096;
@@ -69,8 +91,12 @@ constexpr size_t kMaxOperatorCodes = 64;
 constexpr size_t kMaxBuffers = 1024;
 constexpr size_t kMaxRank = 6;
 constexpr size_t kMaxModelIo = 8;
+constexpr size_t kMaxTableFields =
+    64;  // the schema's widest table has 13; bounds the time that a crafted file takes
+constexpr size_t kMaxChannels = 4096;  // quantized one by one
 
-// Tables of 1 KiB for the CRC, and bytes taken at a time: 1, or 4 to 8 where flash is plenty.
+// Tables of 1 KiB for the CRC, and bytes taken at a time: 1, or 4 to 8 where flash is plenty. 0 does with 64
+// bytes and half a byte at a time.
 #ifndef EDGE_CRC_TABLES
 #define EDGE_CRC_TABLES 1
 #endif

@@ -26,6 +26,17 @@ bool Fragment::parse(Span payload) {
   return in.ok();
 }
 
+bool StreamStart::parse(Span body) {
+  Reader in(body);
+  source = in.u8();
+  send_inputs = static_cast<SendInputs>(in.u8());
+  threshold = static_cast<int8_t>(in.u8());
+  interval_ms = in.u32();
+  credits = in.u32();
+  model = in.take(kModelTag).data;
+  return in.ok() && send_inputs <= SendInputs::kAlways && interval_ms > 0 && interval_ms <= kMaxIntervalMs;
+}
+
 bool ModelChunk::parse(Span body) {
   Reader in(body);
   offset = in.u32();
@@ -46,6 +57,10 @@ bool Manifest::parse(Span body) {
   selftest_tolerance = in.u8();
   in.copy(model_sha256, kSha256Size);
   in.copy(image_sha256, kSha256Size);
+  if (format > 1) {
+    in.copy(board, kBoardClass);
+    in.copy(operators, kOperatorBits);
+  }
   signature_kind = in.u8();
   if (signature_kind == kSignatureEd25519) in.copy(signature, kSignatureSize);
   return in.ok();
@@ -62,6 +77,10 @@ void Manifest::write(Writer& out) const {
   out.u8(selftest_tolerance);
   out.bytes(model_sha256, kSha256Size);
   out.bytes(image_sha256, kSha256Size);
+  if (format > 1) {
+    out.bytes(board, kBoardClass);
+    out.bytes(operators, kOperatorBits);
+  }
   out.u8(signature_kind);
   out.bytes(signature, kSignatureSize);
 }
@@ -78,27 +97,36 @@ void ModelStatus::write(Writer& out) const {
 }
 
 void Stats::write(Writer& out, uint64_t uptime_us, uint64_t arena_used, uint64_t flash_operations,
-                  const HalCounters* hal) const {
-  const struct Item {
-    uint8_t id;
-    uint64_t value;
-  } values[] = {
-      {1, uptime_us},    {2, frames_received},   {3, frames_sent},       {4, bad_crc},
-      {5, bad_frames},   {6, oversize},          {7, inferences},        {8, inferences_failed},
-      {9, busy},         {10, expired},          {11, compute_us},       {13, arena_used},
-      {15, lost_frames}, {16, answers_repeated}, {17, flash_operations}, {18, queue_high_water},
+                  uint64_t trial_left_us, const HalCounters* hal) const {
+  constexpr uint8_t kAlways = 19;
+  constexpr uint8_t kOfTheBoard = 2;
+  const auto put = [&out](uint8_t id, uint64_t value) __attribute__((noinline)) {
+    out.u8(id);
+    out.u64(value);
   };
-  const Item counted[] = {{12, hal != nullptr ? hal->stack_high_water : 0},
-                          {14, hal != nullptr ? hal->uart_overruns : 0}};
-  const auto put = [&out](const Item& item) {
-    out.u8(item.id);
-    out.u64(item.value);
-  };
-  constexpr size_t kAlways = sizeof values / sizeof values[0];
-  out.u8(static_cast<uint8_t>(kAlways + (hal != nullptr ? 2 : 0)));
-  for (const Item& item : values) put(item);
+  out.u8(hal == nullptr ? kAlways : kAlways + kOfTheBoard);
+  put(1, uptime_us);
+  put(2, frames_received);
+  put(3, frames_sent);
+  put(4, bad_crc);
+  put(5, bad_frames);
+  put(6, oversize);
+  put(7, inferences);
+  put(8, inferences_failed);
+  put(9, busy);
+  put(10, expired);
+  put(11, compute_us);
+  put(13, arena_used);
+  put(15, lost_frames);
+  put(16, answers_repeated);
+  put(17, flash_operations);
+  put(18, queue_high_water);
+  put(19, trial_left_us);
+  put(23, stream_results);
+  put(24, stream_skipped);
   if (hal == nullptr) return;
-  for (const Item& item : counted) put(item);
+  put(12, hal->stack_high_water);
+  put(14, hal->uart_overruns);
 }
 
 }  // namespace edge

@@ -7,7 +7,8 @@
 namespace edge {
 namespace {
 
-constexpr uint32_t kMagic = 0x314D4545;  // "EEM1"
+constexpr uint32_t kMagic = 0x324D4545;   // "EEM2"
+constexpr uint32_t kMagic1 = 0x314D4545;  // "EEM1": manifests of format 1, no rollback. Read, not written
 constexpr uint8_t kChunkArrived = 1;
 constexpr uint8_t kBlockErased = 2;
 constexpr uint8_t kBlank = 0xFF;
@@ -20,8 +21,8 @@ void clear_bit(uint8_t* bits, size_t index) { bits[index / 8] &= static_cast<uin
 
 // What must be equal for a transfer to go on: everything but the chunk size.
 bool same_transfer(const Manifest& a, const Manifest& b) {
-  uint8_t left[kManifestSize];
-  uint8_t right[kManifestSize];
+  uint8_t left[kManifestSize] = {};
+  uint8_t right[kManifestSize] = {};
   Manifest other = b;
   other.chunk = a.chunk;
   Writer left_out(left, sizeof left);
@@ -91,13 +92,16 @@ bool ModelStore::read_directory() {
       return false;
     if (Reader({raw + sizeof raw - 4, 4}).u32() != crc32(0, raw, sizeof raw - 4)) continue;
     Reader in({raw, sizeof raw});
-    if (in.u32() != kMagic) continue;
+    const uint32_t magic = in.u32();
+    if (magic != kMagic && magic != kMagic1) continue;
+    const bool old = magic == kMagic1;
     const uint32_t sequence = in.u32();
     if (sequence <= sequence_) continue;
     for (Slot& slot : slots_) {
       slot.state = static_cast<SlotState>(in.u8());
-      slot.manifest.parse(in.take(kManifestSize));
+      slot.manifest.parse(in.take(old ? kManifestSize1 : kManifestSize));
     }
+    rollback_ = old ? Rollback::kNone : static_cast<Rollback>(in.u8());
     sequence_ = sequence;
     directory_block_ = position / records;
     directory_next_ = position % records + 1;
@@ -119,8 +123,9 @@ bool ModelStore::blank(uint32_t offset, uint32_t size) const {
   return true;
 }
 
-bool ModelStore::write_directory(const Slot slots[kSlots]) {
-  if (slot_size_ == 0) return false;
+Status ModelStore::write_directory(const Slot slots[kSlots], Rollback rollback) {
+  const Status failed{Code::kFlash, "directory write"};
+  if (slot_size_ == 0) return failed;
   uint8_t raw[kDirectoryRecord];
   Writer out(raw, sizeof raw);
   out.u32(kMagic);
@@ -128,7 +133,9 @@ bool ModelStore::write_directory(const Slot slots[kSlots]) {
   for (size_t i = 0; i < kSlots; ++i) {
     out.u8(static_cast<uint8_t>(slots[i].state));
     slots[i].manifest.write(out);
+    if (slots[i].manifest.format <= 1) out.fill(0, kManifestSize - kManifestSize1);
   }
+  out.u8(static_cast<uint8_t>(rollback));
   out.fill(kBlank, sizeof raw - 4 - out.size());
   out.u32(crc32(0, raw, sizeof raw - 4));
 
@@ -140,16 +147,17 @@ bool ModelStore::write_directory(const Slot slots[kSlots]) {
   if (record == records) {
     block = 1 - directory_block_;
     record = 0;
-    if (!erase(directory_offset(block, 0))) return false;
+    if (!erase(directory_offset(block, 0))) return failed;
   }
-  if (!write(directory_offset(block, record), raw, sizeof raw)) return false;
+  if (!write(directory_offset(block, record), raw, sizeof raw)) return failed;
 
   ++sequence_;
   directory_block_ = block;
   directory_next_ = record + 1;
   for (size_t i = 0; i < kSlots; ++i) slots_[i] = slots[i];
+  rollback_ = rollback;
   receiving_ = find(SlotState::kReceiving);
-  return true;
+  return {};
 }
 
 void ModelStore::replay_journal() {
@@ -220,7 +228,7 @@ size_t ModelStore::free_slot() const {
 
 Status ModelStore::begin(const Manifest& manifest) {
   if (slot_size_ == 0) return {Code::kFlash, "no room for a model store"};
-  if (manifest.format != 1) return {Code::kInvalidModel, "unknown image format"};
+  if (manifest.format != 1 && manifest.format != 2) return {Code::kInvalidModel, "unknown image format"};
   if (manifest.model_length == 0) return {Code::kInvalidModel, "empty model"};
   if (manifest.image_length() > slot_size_) return {Code::kTooLarge, "image over slot_size"};
   const uint32_t image = static_cast<uint32_t>(manifest.image_length());
@@ -232,6 +240,8 @@ Status ModelStore::begin(const Manifest& manifest) {
   }
   if (chunk_count(image, manifest.chunk) > kMaxChunks) return {Code::kBadLength, "chunk too small"};
 
+  // Both slots are needed: for the model in trial and for the one to go back to.
+  if (find(SlotState::kTrial) >= 0) return {Code::kInTrial, "confirm the model in trial or roll it back"};
   const int active = find(SlotState::kActive);
   if (active >= 0 && (manifest.flags & kAllowDowngrade) == 0) {
     const Manifest& current = slots_[active].manifest;
@@ -251,9 +261,9 @@ Status ModelStore::begin(const Manifest& manifest) {
   }
   Slot slots[kSlots] = {slots_[0], slots_[1]};
   slots[target] = {SlotState::kReceiving, manifest};
-  if (!write_directory(slots)) return {Code::kFlash, "directory write"};
-  replay_journal();
-  return {};
+  const Status status = write_directory(slots, rollback_);
+  if (status.ok()) replay_journal();
+  return status;
 }
 
 bool ModelStore::write_segment(uint32_t offset, const uint8_t* data, uint32_t size) {
@@ -328,19 +338,28 @@ bool ModelStore::image_digest_matches(size_t index) const {
   return sha256_is({model(index).data, static_cast<size_t>(manifest.image_length())}, manifest.image_sha256);
 }
 
-Status ModelStore::activate(size_t index) {
+Status ModelStore::activate(size_t index, SlotState as) {
   Slot slots[kSlots] = {slots_[0], slots_[1]};
   for (Slot& slot : slots) {
     if (slot.state == SlotState::kActive) slot.state = SlotState::kStored;
   }
-  slots[index].state = SlotState::kActive;
-  return write_directory(slots) ? Status{} : Status{Code::kFlash, "directory write"};
+  slots[index].state = as;
+  return write_directory(slots, Rollback::kNone);
+}
+
+Status ModelStore::roll_back(bool former, Rollback why) {
+  Slot slots[kSlots] = {slots_[0], slots_[1]};
+  for (Slot& slot : slots) {
+    if (slot.state == SlotState::kTrial) slot.state = SlotState::kBad;
+    if (former && slot.state == SlotState::kStored) slot.state = SlotState::kActive;
+  }
+  return write_directory(slots, why);
 }
 
 Status ModelStore::set_state(size_t index, SlotState state) {
   Slot slots[kSlots] = {slots_[0], slots_[1]};
   slots[index].state = state;
-  return write_directory(slots) ? Status{} : Status{Code::kFlash, "directory write"};
+  return write_directory(slots, rollback_);
 }
 
 ModelStatus ModelStore::status() const {

@@ -47,9 +47,13 @@ class ModelStore {
   Span model(size_t index) const;
   Span selftest(size_t index) const;
 
-  // Makes the slot active and the one that was active `stored`, in one write.
-  Status activate(size_t index);
+  // Makes the slot `as` (active or trial) and the one that was active `stored`, in one write.
+  Status activate(size_t index, SlotState as);
+  // Makes the slot in trial bad and, with `former`, the stored one active, in one write that keeps `why`.
+  Status roll_back(bool former, Rollback why);
   Status set_state(size_t index, SlotState state);
+  // Of the last trial that was rolled back; none again when another update is taken.
+  Rollback rollback() const { return rollback_; }
 
   // Of the receiving slot, if there is one.
   ModelStatus status() const;
@@ -68,7 +72,7 @@ class ModelStore {
   uint32_t journal_tag() const;
 
   bool read_directory();
-  bool write_directory(const Slot slots[kSlots]);
+  Status write_directory(const Slot slots[kSlots], Rollback rollback);
   bool blank(uint32_t offset, uint32_t size) const;
   void replay_journal();
   bool append_journal(uint8_t kind, uint32_t index);
@@ -85,6 +89,7 @@ class ModelStore {
   uint32_t slot_size_ = 0;
 
   Slot slots_[kSlots];
+  Rollback rollback_ = Rollback::kNone;
   uint32_t sequence_ = 0;         // of the newest directory record, 0: none
   uint32_t directory_block_ = 0;  // where it is
   uint32_t directory_next_ = 0;   // first record behind it that may be free

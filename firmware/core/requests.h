@@ -12,6 +12,9 @@
 
 namespace edge {
 
+// Of what changes something, a repeated request must find its answer. INFER only computes: run again, it
+// answers the same.
+static_assert(kStoredAnswer >= kModelStatusSize, "the answer to a model message must fit the answer store");
 static_assert(kMaxMessage >= kMaxFrame, "a body that fits a frame must fit a buffer");
 
 // One buffer per open request and one for the message being reassembled, so that a place in the window is a

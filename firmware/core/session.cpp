@@ -17,7 +17,12 @@ bool is_request(uint8_t type) {
     case kModelCommit:
     case kModelAbort:
     case kModelQuery:
+    case kModelConfirm:
+    case kModelRollback:
     case kStatsReq:
+    case kStreamStart:
+    case kStreamCredit:
+    case kStreamStop:
       return true;
     default:
       return false;
@@ -40,11 +45,15 @@ Session::Session(Hal& hal, Engine& engine, Verifier* verifier, size_t window)
 void Session::start() {
   boot_id_ = hal_.random64();
   const Status problem = models_.boot();
+  announce();
+  if (hal_.crash_report() != nullptr) log(kLogError, hal_.crash_report());
+  if (!problem.ok()) log(kLogWarning, problem.text);
+}
+
+void Session::announce() {
   Writer out(answer_, sizeof answer_);
   write_hello(out);
   send(kHello, 0, {answer_, out.size()});
-  if (hal_.crash_report() != nullptr) log(kLogError, hal_.crash_report());
-  if (!problem.ok()) log(kLogWarning, problem.text);
 }
 
 void Session::feed(const uint8_t* data, size_t size) {
@@ -87,7 +96,7 @@ void Session::on_frame(const Frame& frame) {
   const uint8_t type = frame.header.type;
   const bool served_always = type == kHelloReq || type == kPing || type == kReset;
   if (!version_matches_ && !served_always) {
-    if (type != kCancel) send_error(frame.header.id, {Code::kVersion, "1.0"});
+    if (type != kCancel) send_error(frame.header.id, {Code::kVersion, "1.1"});
   } else if (!is_request(type)) {
     send_error(frame.header.id, {Code::kUnknownType, ""});
   } else if ((frame.header.flags & kFlagFragment) != 0) {
@@ -139,6 +148,11 @@ bool Session::answer_at_once(const FrameHeader& header, Span body) {
     case kCancel:
       on_cancel(header.id);
       return true;
+    case kStreamStart:
+    case kStreamCredit:
+    case kStreamStop:
+      on_stream(header, body);
+      return true;
     case kReset:
       resetting_ = true;
       hal_.request_reset();
@@ -183,7 +197,7 @@ void Session::on_hello_req(uint32_t id, Span body) {
   HelloReq hello;
   if (!hello.parse(body)) return send_error(id, {Code::kBadLength, ""});
   version_matches_ = hello.major == kProtocolMajor;
-  if (!version_matches_) return send_error(id, {Code::kVersion, "1.0"});
+  if (!version_matches_) return send_error(id, {Code::kVersion, "1.1"});
   const size_t theirs = hello.max_frame < kMinFrame ? kMinFrame : hello.max_frame;
   peer_max_frame_ = theirs < kMaxFrame ? theirs : kMaxFrame;
   Writer out(answer_, sizeof answer_);

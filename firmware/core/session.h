@@ -12,6 +12,7 @@
 #include "core/messages.h"
 #include "core/model_update.h"
 #include "core/requests.h"
+#include "core/stream.h"
 #include "engine/engine.h"
 #include "hal/hal.h"
 #include "hal/verify.h"
@@ -26,13 +27,19 @@ class Session {
   // Loads the active model and announces the reset with HELLO.
   void start();
 
-  // Takes received bytes. PING, HELLO_REQ, CANCEL and RESET are answered at once, all else is queued.
+  // Takes received bytes. PING, HELLO_REQ, CANCEL, RESET and what concerns the stream are answered at once,
+  // all else is queued.
   void feed(const uint8_t* data, size_t size);
 
-  // Runs the oldest queued request. True if more are queued.
+  // Runs the oldest queued request, or takes the sample that is due; in turn where there are both. Ends a
+  // trial that is over. True if requests are queued still.
   bool poll();
 
   bool pending() const { return !resetting_ && queue_.size() > 0; }
+
+  // How long poll() has nothing to serve if no bytes come: microseconds, UINT64_MAX for ever. A trial ends
+  // with the first poll() after its time, so call that a few times a second in any case.
+  uint64_t idle_us();
 
  private:
   void on_frame(const Frame& frame);
@@ -45,10 +52,19 @@ class Session {
   void on_hello_req(uint32_t id, Span body);
   void on_ping(uint32_t id, Span body);
   void on_cancel(uint32_t id);
+  void on_stream(const FrameHeader& header, Span body);
+  Status start_stream(uint32_t id, Span body);
+  void sample_stream();
+  void send_stream();
 
   // Each writes the answer's body and sets its type.
+  void serve_next();
+  void announce();
   Status execute(const Request& request, Writer& out, uint8_t* type);
   Status infer(const Request& request, Writer& out);
+  // Whether this is the model that runs.
+  Status check_model(const uint8_t* tag);
+  void run_request();
   Status model_message(const Request& request, Writer& out);
   void write_hello(Writer& out);
 
@@ -69,11 +85,13 @@ class Session {
   AnswerStore answers_;
   Reassembly reassembly_;
   BodyPool pool_;
+  Stream stream_;
   Stats stats_;
 
   size_t peer_max_frame_ = kMinFrame;
   bool version_matches_ = true;
   bool resetting_ = false;
+  bool sampled_last_ = false;
   bool seq_known_ = false;
   uint16_t seq_expected_ = 0;
   uint16_t seq_sent_ = 0;

@@ -10,8 +10,27 @@ namespace edge {
 #endif
 
 bool Session::poll() {
-  if (!pending()) return false;
+  if (idle_us() == 0) serve_next();
+  if (!resetting_ && models_.settle()) {
+    announce();
+    log(kLogWarning, kRolledBack);
+  }
+  return pending();
+}
+
+void Session::serve_next() {
   hal_.watchdog_kick();
+  const bool due = stream_.active() && stream_.due_in_us(hal_.clock_us()) == 0;
+  // In turn: neither requests nor the stream wait for more than one of the other.
+  sampled_last_ = due && (queue_.size() == 0 || !sampled_last_);
+  if (sampled_last_) {
+    sample_stream();
+  } else {
+    run_request();
+  }
+}
+
+void Session::run_request() {
   const Request request = queue_.pop();
   Writer out(answer_, sizeof answer_);
   uint8_t type = kError;
@@ -21,7 +40,6 @@ bool Session::poll() {
   pool_.give(request.body);
   answers_.remember(request.id, type, body);
   send(type, request.id, body);
-  return pending();
 }
 
 Status Session::execute(const Request& request, Writer& out, uint8_t* type) {
@@ -32,7 +50,7 @@ Status Session::execute(const Request& request, Writer& out, uint8_t* type) {
     case kStatsReq:
       *type = kStats;
       stats_.write(out, hal_.clock_us(), models_.info().arena_used, models_.store().operations(),
-                   hal_.counters());
+                   models_.trial_left_us(), hal_.counters());
       return {};
     default:
       *type = kModelStatus;
@@ -40,13 +58,19 @@ Status Session::execute(const Request& request, Writer& out, uint8_t* type) {
   }
 }
 
-Status Session::infer(const Request& request, Writer& out) {
-  Infer message;
-  if (!message.parse({request.body, request.size})) return {Code::kBadLength, ""};
+Status Session::check_model(const uint8_t* tag) {
   if (!models_.has_engine()) return {Code::kNoEngine, ""};
   if (models_.loaded() < 0) return {Code::kNoModel, ""};
   const Manifest& manifest = models_.store().slot(static_cast<size_t>(models_.loaded())).manifest;
-  if (memcmp(manifest.model_sha256, message.model, kModelTag) != 0) return {Code::kModelMismatch, ""};
+  if (memcmp(manifest.model_sha256, tag, kModelTag) != 0) return {Code::kModelMismatch, ""};
+  return {};
+}
+
+Status Session::infer(const Request& request, Writer& out) {
+  Infer message;
+  if (!message.parse({request.body, request.size})) return {Code::kBadLength, ""};
+  const Status usable = check_model(message.model);
+  if (!usable.ok()) return usable;
   const ModelInfo& info = models_.info();
   if (message.inputs.size != info.input_bytes) return {Code::kBadLength, "inputs"};
 
@@ -60,10 +84,9 @@ Status Session::infer(const Request& request, Writer& out) {
   uint8_t* outputs = answer_ + kResultHead;
   const bool good = engine_.invoke(message.inputs, outputs, info.output_bytes);
   const uint64_t computed = hal_.clock_us() - started;
-  stats_.compute_us += computed;
-  ++stats_.inferences;
+  stats_.ran(computed, good);
   if (!good) {
-    ++stats_.inferences_failed;
+    models_.failed();
     return {Code::kInvoke, engine_.last_error()};
   }
   out.bytes(message.model, kModelTag);
@@ -88,16 +111,21 @@ Status Session::model_message(const Request& request, Writer& out) {
       status = models_.abort();
       break;
     case kModelCommit:
-      status = models_.commit(answer_, sizeof answer_);
+      status = models_.commit(answer_, sizeof answer_, (Reader(body).u8() & kCommitTrial) != 0);
+      break;
+    case kModelConfirm:
+    case kModelRollback:
+      status = models_.end_trial(body, request.type == kModelConfirm);
       break;
     default:  // MODEL_QUERY only asks
       break;
   }
   if (!status.ok()) return status;
-  if (request.type == kModelCommit) {
-    answer = models_.store().status_of(static_cast<size_t>(models_.loaded()));
-  } else {
+  const bool decides = request.type == kModelCommit || request.type >= kModelConfirm;
+  if (!decides) {
     answer = models_.store().status();
+  } else if (models_.loaded() >= 0) {
+    answer = models_.store().status_of(static_cast<size_t>(models_.loaded()));
   }
   answer.write(out);
   return {};
@@ -107,7 +135,7 @@ void Session::write_hello(Writer& out) {
   const ModelStore& store = models_.store();
   const bool keeps = store.slot_size() > 0 && hal_.flash_geometry().survives_power_cut;
   uint32_t capabilities = keeps ? kCapKeepsModels : 0;
-  if (models_.has_engine()) capabilities |= kCapEngine;
+  if (models_.has_engine()) capabilities |= hal_.sources() > 0 ? kCapEngine | kCapStreams : kCapEngine;
   if (models_.verifies()) capabilities |= kCapVerifies;
   const Span operators = engine_.operators();
 
@@ -141,6 +169,8 @@ void Session::write_hello(Writer& out) {
     out.u32(info.output_bytes);
     out.u32(info.arena_used);
   }
+  out.u8(static_cast<uint8_t>(store.rollback()));
+  out.u16(kTrialSeconds);
 }
 
 }  // namespace edge

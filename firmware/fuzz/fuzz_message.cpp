@@ -15,16 +15,18 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   edge::Infer infer;
   edge::Fragment fragment;
   edge::ModelChunk chunk;
+  edge::StreamStart stream;
   edge::Manifest manifest;
   hello.parse(span);
   if (infer.parse(span) && infer.inputs.size > size) abort();
   if (fragment.parse(span) && fragment.data.size > size) abort();
   if (chunk.parse(span) && chunk.data.size > size) abort();
+  if (stream.parse(span) && (stream.interval_ms == 0 || stream.interval_ms > edge::kMaxIntervalMs)) abort();
   if (manifest.parse(span)) {
     uint8_t written[edge::kManifestSize];
     edge::Writer out(written, sizeof written);
     manifest.write(out);
-    if (!out.ok() || memcmp(written, body, edge::kManifestSigned) != 0) abort();
+    if (!out.ok() || memcmp(written, body, manifest.signed_size()) != 0) abort();
   }
   free(copy);
   return 0;

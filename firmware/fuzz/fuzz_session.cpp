@@ -55,6 +55,12 @@ class FuzzHal final : public edge::Hal {
   uint64_t random64() override { return now * 0x9E3779B97F4A7C15; }
   uint64_t unique_id() override { return 1; }
   void request_reset() override { reset = true; }
+  uint8_t sources() override { return 2; }
+  bool sample(uint8_t source, uint8_t* out, size_t size) override {
+    if (source >= 2 || size > edge::kMaxSample) abort();
+    memset(out, static_cast<int>(now), size);
+    return source == 0;  // the other has never a reading
+  }
 
   uint64_t now = 1;
   uint64_t sent = 0;

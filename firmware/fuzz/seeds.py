@@ -14,8 +14,8 @@ def step(type_, body=b"", id_=1, how=0):
     return struct.pack("<BBBH", how, type_, id_, len(body)) + body
 
 
-def update(image, chunk):
-    """A whole update of an image, and an inference, as steps of fuzz_session."""
+def update(image, chunk, last=None):
+    """A whole update of an image, and an inference, as steps of fuzz_session. `last` ends a trial."""
     import hashlib
 
     digest = hashlib.sha256(image).digest()
@@ -24,8 +24,11 @@ def update(image, chunk):
     steps = step(TYPES["HELLO_REQ"], b"\1\0\0\4") + step(TYPES["MODEL_BEGIN"], begin, 2) + run
     for at in range(0, len(image), chunk):
         steps += step(TYPES["MODEL_CHUNK"], struct.pack("<I", at) + image[at : at + chunk], 3) + run
-    steps += step(TYPES["MODEL_COMMIT"], b"", 4) + run
-    return steps + step(TYPES["INFER"], digest[:8] + bytes(4) + bytes(64), 5) + run + bytes([255])
+    steps += step(TYPES["MODEL_COMMIT"], b"\1" if last else b"", 4) + run
+    stream = struct.pack("<BBbII", 0, 1, 20, 2, 3) + digest[:8]
+    steps += step(TYPES["STREAM_START"], stream, 8) + 30 * run + step(TYPES["STREAM_CREDIT"], struct.pack("<I", 9), 9)
+    steps += step(TYPES["INFER"], digest[:8] + bytes(4) + bytes(64), 5) + 30 * run
+    return steps + (step(TYPES[last], digest[:8], 6) + run if last else b"") + bytes([255])
 
 
 def seeds():
@@ -36,7 +39,10 @@ def seeds():
     yield "message", [bytes.fromhex(frame["payload_hex"]) for frame in VECTORS["frames"]]
     yield "validator", models
     session = [step(frame["type"], bytes.fromhex(frame["payload_hex"])[:1076]) for frame in VECTORS["frames"]]
-    yield "session", session + [update(model, 1024) for model in models]
+    yield (
+        "session",
+        session + [update(model, 1024, last) for model in models for last in (None, "MODEL_CONFIRM", "MODEL_ROLLBACK")],
+    )
 
 
 def main():

@@ -58,6 +58,13 @@ class Hal {
   virtual void request_reset() = 0;  // may return; the session is silent afterwards
 
   // What a board may leave out.
+  virtual uint8_t sources() { return 0; }  // sensors that sample() reads, numbered from 0
+  // The newest reading as the active model's input tensors: `size` bytes in the model's own type and scale.
+  // False: there is none, and the stream ends. A few milliseconds at most: the line is not read meanwhile.
+  virtual bool sample(uint8_t source, uint8_t* out, size_t size) {
+    (void)source, (void)out, (void)size;
+    return false;
+  }
   virtual const char* crash_report() { return nullptr; }  // one line on what led to this boot; LOG carries it
   virtual const HalCounters* counters() { return nullptr; }
 

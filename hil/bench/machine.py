@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,18 @@ def facts() -> dict[str, Any]:
         "edge-agent": __version__,
         "mosquitto": _mosquitto(),
         "versions": {name: found for name in DISTRIBUTIONS if (found := _version(name)) is not None},
+    }
+
+
+def generic(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What figures were measured on, without what tells one machine of a kind from another."""
+    words = facts["system"].split()
+    return {
+        "cpu": facts["cpu"],
+        "cores": facts["cores"],
+        "system": f"{words[0]} {words[-1]}",
+        "python": facts["python"],
+        "load_before": facts["load_before"],
     }
 
 

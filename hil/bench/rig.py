@@ -18,11 +18,14 @@ POLL_S = 0.01
 
 
 def config(folder: Path, **sections: Any) -> dict[str, Any]:
-    """A gateway with its own runtimes and no other tier; `sections` replace whole sections."""
+    """A gateway with its own runtimes and no other tier, whose rate limits count and do not bind; `sections` replace
+    whole sections."""
+    unbound = {"per_s": 1_000_000, "burst": 1_000_000}
     return {
         "gateway": {"id": GATEWAY, "state_dir": str(folder / "state")},
         "http": {"port": free_port()},
         "mqtt": {"enabled": False},
+        "security": {"limits": {"identity": unbound, "producer": dict(unbound)}},
         **sections,
     }
 

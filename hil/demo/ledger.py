@@ -19,6 +19,8 @@ class Asked:
     answer: dict[str, Any] | None = None
     answered_s: float = 0.0
     answers: int = 0
+    adaptive: bool = False
+    """Asked of a cascade: which tier answers depends on how hard the input is."""
 
     @property
     def refused(self) -> bool:

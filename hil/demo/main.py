@@ -35,13 +35,20 @@ CLOUD_LATENCY_MS = 30
 """Added by each worker to its answers: on one machine a cloud would be nearer than any is."""
 
 SENSORS = (
-    Sensor("meter", "sensors/meter", "digits", "realtime", 0.45, what="digits of a meter, wanted in 10 ms"),
-    Sensor("watch", "sensors/watch", "motion", "near", 0.25, what="motion of a wrist, wanted in 100 ms"),
+    Sensor("meter", "sensors/meter", "digits", "realtime", 0.35, what="digits of a meter, wanted in 10 ms"),
+    Sensor("watch", "sensors/watch", "motion", "near", 0.2, what="motion of a wrist, wanted in 100 ms"),
     Sensor(
-        "archive", "sensors/archive", "digits", "batch", 0.2, 2000, (), "high", "digits for the archive, best accuracy"
+        "panel",
+        "sensors/panel",
+        "digits",
+        "interactive",
+        0.15,
+        accuracy="adaptive",
+        what="digits of a panel; where the small model is not sure, the cloud's is asked",
     ),
+    Sensor("archive", "sensors/archive", "digits", "batch", 0.2, 2000, (), "high", "digits, best accuracy"),
     Sensor(
-        "clinic", "sensors/clinic", "digits", "batch", 0.1, 2000, ("eu-central",), "high", "the same, kept in the EU"
+        "clinic", "sensors/clinic", "digits", "batch", 0.1, 2000, ("eu-central",), "high", "the same, in the EU only"
     ),
 )
 
@@ -129,7 +136,7 @@ def _config(folder: Path, ports: dict[str, int], mcu_port: Path) -> dict[str, ob
     cloud = f"mqtt://127.0.0.1:{ports['link']}"
     return {
         "gateway": {"id": GATEWAY, "state_dir": str(folder / "state")},
-        "routing": {"policy": "scorecard", "breaker": {"backoff_max_s": 2.0}},  # each tier has its own part in it
+        "routing": {"breaker": {"backoff_max_s": 2.0}},
         "edge_mcu": {"port": str(mcu_port), "baud": 921600},
         "edge_gpu": {"isolation": "process"},
         "cloud": {

@@ -22,8 +22,7 @@ SUBSCRIBE_LIMIT_S = 5.0
 
 @dataclass(frozen=True)
 class Sensor:
-    """What one sensor asks. `share` is the part of the whole rate that is its own. None is `adaptive`: a cascade gives
-    each tier the inputs that suit it, so that no tier's accuracy could be held against the catalogue's."""
+    """What one sensor asks. `share` is the part of the whole rate that is its own."""
 
     name: str
     topic: str
@@ -67,7 +66,14 @@ class Player(threading.Thread):
             index = count % len(self._labels)
             request_id = f"{sensor.name}-{count}"
             payload = json.dumps({"request_id": request_id, "inputs": {self._tensor: self._inputs[index].tolist()}})
-            asked = Asked(sensor.name, sensor.family, sensor.latency_class, self._labels[index], time.monotonic())
+            asked = Asked(
+                sensor.name,
+                sensor.family,
+                sensor.latency_class,
+                self._labels[index],
+                time.monotonic(),
+                adaptive=sensor.accuracy == "adaptive",
+            )
             self._ledger.sent(request_id, asked)
             self._client.publish(sensor.topic, payload, qos=1)
             count += 1

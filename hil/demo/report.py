@@ -39,7 +39,8 @@ def summarise(rows: Sequence[Asked], outages: Sequence[Outage], catalog: Catalog
             not (_of(row, "stale") and _of(row, "cached") and _of(row, "reasons")) for row in stale
         ),
         "tiers": {tier: tiers.get(tier, 0) for tier in TIERS},
-        "accuracy": _accuracy(answered, catalog),
+        "accuracy": _accuracy([row for row in answered if not row.adaptive], catalog),
+        "cascade": _cascade([row for row in answered if row.adaptive]),
         "latency_ms": {
             name: _latency([row for row in answered if row.latency_class == name])
             for name in sorted({row.latency_class for row in rows})
@@ -79,6 +80,19 @@ def _accuracy(rows: Iterable[Asked], catalog: Catalog) -> dict[str, dict[str, di
                 }
         table.setdefault(tier, {})[name] = entry
     return table
+
+
+def _cascade(rows: Sequence[Asked]) -> dict[str, Any]:
+    """What was asked of the cascade. Which tier answers depends there on how hard the input is, so no tier's share can
+    be held against the catalogue's accuracy; the whole can be held against the best variant's."""
+    fresh = [row for row in rows if not _of(row, "stale")]
+    return {
+        "answered": len(rows),
+        "fresh": len(fresh),
+        "accuracy": round(sum(row.right for row in fresh) / len(fresh), 4) if fresh else None,
+        "escalated": sum(_of(row, "escalation") == "escalated" for row in rows),
+        "held": sum(_of(row, "escalation") == "held" for row in rows),
+    }
 
 
 def _latency(rows: Sequence[Asked]) -> dict[str, Any]:
@@ -134,6 +148,12 @@ def text(summary: Mapping[str, Any], write: Callable[[str], None]) -> None:
                 cell += " (earlier answers)"
             cells.append(cell)
         write(f"  {tier:18} {summary['tiers'][tier]:8}   {', '.join(cells)}")
+    cascade = summary["cascade"]
+    if cascade["fresh"]:
+        write(
+            f"  adaptive: {cascade['accuracy']:.1%} of {cascade['fresh']} right; {cascade['escalated']} asked again of "
+            f"the cloud, {cascade['held']} kept though unsure, because it could not be asked"
+        )
     write("")
     write(f"  {'latency at the sensor':22} {'answers':>8} {'p50':>9} {'p95':>9} {'p99':>9}   deadlines met")
     for name, figure in summary["latency_ms"].items():

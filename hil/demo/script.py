@@ -25,11 +25,11 @@ class Outage:
     back_s: float
     """When the parts came back: later than `end_s` where the next outage follows at once."""
     tiers: tuple[str, ...]
-    """What was taken away."""
+    """What was taken away and is asked again when it is back."""
 
 
 class Script:
-    """Cuts the cloud link and mends it; unplugs the microcontroller; then hangs the gateway's runtime and cuts the
+    """Cuts the cloud link and mends it; hangs the gateway's runtime; then unplugs the microcontroller and cuts the
     cloud link as well, so that nothing can be asked; then brings everything back.
 
     The runtime hangs as a broken accelerator does: the process that runs it is stopped (SIGSTOP), and so is every new
@@ -46,7 +46,7 @@ class Script:
         self._scenes: list[tuple[float, Callable[[], str]]] = [
             (0.18, self._cut),
             (0.33, self._mend),
-            (0.43, self._unplug),
+            (0.43, self._hang),
             (0.55, self._all_away),
             (0.70, self._all_back),
         ]
@@ -64,12 +64,12 @@ class Script:
     def outages(self) -> list[Outage]:
         """After the run."""
         at = self._at
-        cut, mended, unplugged = at["_cut"], at["_mend"], at["_unplug"]
+        cut, mended, hung = at["_cut"], at["_mend"], at["_hang"]
         away, back = at["_all_away"], at["_all_back"]
         return [
             Outage("cloud link cut", cut, mended, mended, CLOUDS),
-            Outage("microcontroller unplugged", unplugged, away, back, ("edge_mcu",)),
-            Outage("gateway runtime hung and cloud link cut as well", away, back, back, ("edge_gpu", *CLOUDS)),
+            Outage("gateway runtime hung", hung, away, back, ("edge_gpu",)),
+            Outage("microcontroller unplugged and cloud link cut as well", away, back, back, ("edge_gpu", *CLOUDS)),
         ]
 
     def _cut(self) -> str:
@@ -80,15 +80,15 @@ class Script:
         self._link.mend()
         return "the cloud link is back"
 
-    def _unplug(self) -> str:
-        self._control.unplug()
-        return "the microcontroller is UNPLUGGED"
-
-    def _all_away(self) -> str:
-        self._link.cut()
+    def _hang(self) -> str:
         self._holding = True
         self._hold()
-        return "the gateway's runtime HANGS and the cloud link is CUT as well: nothing can be asked"
+        return "the gateway's runtime HANGS"
+
+    def _all_away(self) -> str:
+        self._control.unplug()
+        self._link.cut()
+        return "the microcontroller is UNPLUGGED and the cloud link CUT as well: nothing can be asked"
 
     def _all_back(self) -> str:
         self._holding = False

@@ -101,6 +101,8 @@ class Check:
     model: str | None = "digits"
     """Family that the board must hold when it begins; None: whatever it holds."""
     needs_board: bool = True
+    streams: bool = False
+    """Whether the board must be streaming when it begins; else it must not be."""
 
     @property
     def key(self) -> str:
@@ -129,10 +131,16 @@ class Outcome:
 
 
 def check(
-    group: str, name: str, expects: str, *, model: str | None = "digits", needs_board: bool = True
+    group: str,
+    name: str,
+    expects: str,
+    *,
+    model: str | None = "digits",
+    needs_board: bool = True,
+    streams: bool = False,
 ) -> Callable[[Run], Check]:
     """Makes a check of an async function."""
-    return lambda run: Check(group, name, expects, run, model, needs_board)
+    return lambda run: Check(group, name, expects, run, model, needs_board, streams)
 
 
 def require(holds: object, text: str) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
-
 from agent.link.push import ModelImage
 from agent.registry.catalog import Catalog, Variant
+from agent.registry.operators import operator_codes
+from agent.registry.selftest import load_selftest
 
 
 def image_of(catalog: Catalog, variant: Variant, *, size: int = 0, seed: int = 0) -> ModelImage:
@@ -18,14 +18,13 @@ def image_of(catalog: Catalog, variant: Variant, *, size: int = 0, seed: int = 0
     """
     model = catalog.path(variant).read_bytes()
     model += random.Random(seed).randbytes(max(0, size - len(model)))
-    selftest = b""
-    if variant.selftest is not None:
-        with np.load(catalog.root / variant.selftest, allow_pickle=False) as vectors:
-            selftest = vectors["inputs"][0].tobytes() + vectors["outputs"][0].tobytes()
+    samples = load_selftest(catalog.root / variant.selftest) if variant.selftest is not None else ()
     return ModelImage(
         model=model,
         counter=variant.version,
         arena=variant.arena_bytes or 0,
-        selftest=selftest,
+        selftest=b"".join(samples[0]) if samples else b"",
+        samples=samples,
+        operators=operator_codes(variant.operators),
         allow_lower_counter=True,  # the suite goes back and forth between models
     )

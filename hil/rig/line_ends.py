@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import socket
 import termios
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 UNIX: Final = "unix:"
 """How the port of an emulator begins."""
+LET_GO_S: Final = 3.0
 
 
 class BoardPort:
@@ -31,15 +34,26 @@ class BoardPort:
         else:
             import serial  # not needed for an emulator
 
-            try:
-                device = serial.Serial(port, baud, timeout=0, write_timeout=0, exclusive=True)
-            except termios.error as error:  # gone while it was opened
-                raise OSError(*error.args) from None
+            device = _opened(lambda: serial.Serial(port, baud, timeout=0, write_timeout=0, exclusive=True))
             self.fd, self._close = device.fileno(), device.close
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._close()
+
+
+def _opened(open_port: Callable[[], Any]) -> Any:
+    """Its last user may still be letting go of it: that is waited for, a little."""
+    deadline_s = time.monotonic() + LET_GO_S
+    while True:
+        try:
+            return open_port()
+        except termios.error as error:  # gone while it was opened
+            raise OSError(*error.args) from None
+        except OSError as error:
+            if error.errno != errno.EAGAIN or time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.02)
 
 
 class ControlSocket:

@@ -42,6 +42,18 @@ class Console(Protocol):
         ...
 
 
+class BoardClock(Protocol):
+    """A board's clock, read without the line. Raises `RigError`."""
+
+    def read(self) -> tuple[float, float]:
+        """One moment on the board's clock and on this machine's monotonic one, seconds."""
+        ...
+
+    def drift(self, ppm: float) -> None:
+        """From now on it gains so much."""
+        ...
+
+
 class Driver(Protocol):
     """One board and the way to it. Nothing is started before `power.on()`."""
 
@@ -59,6 +71,9 @@ class Driver(Protocol):
 
     @property
     def console(self) -> Console | None: ...
+
+    @property
+    def clock(self) -> BoardClock | None: ...
 
     def missing(self) -> str:
         """Why the board cannot be used here; empty when it can."""

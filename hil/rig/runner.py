@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -46,6 +47,7 @@ async def _run(rig: Rig, strategy: Strategy, check: Check) -> Outcome:
         async with asyncio.timeout(LIMIT_S + rig.soak_s):
             if check.needs_board:
                 state = State.BOOTED if check.model is None else State.MODEL_LOADED
+                state = State.STREAMING if check.streams else state
                 await strategy.to(state, check.model or "")
             began = time.monotonic()
             await check.run(rig, findings)
@@ -56,7 +58,20 @@ async def _run(rig: Rig, strategy: Strategy, check: Check) -> Outcome:
         console = rig.driver.console if check.needs_board and verdict is not Verdict.SKIPPED else None
         if console is not None and (tail := console.tail().strip()):
             findings.note(f"the board's console: {tail[-500:]}")
+    if verdict is Verdict.FAILED and (busy := _busy()):
+        findings.note(busy)
     return Outcome(check, verdict, time.monotonic() - began, reason, findings)
+
+
+def _busy() -> str:
+    """Empty unless this machine has more to do than it can."""
+    load, processors = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= processors:
+        return ""
+    return (
+        f"this machine is busy: a load of {load:.1f} on {processors} processors. If a time or a rate was missed, "
+        "run the check again when it is not"
+    )
 
 
 def _judge(error: Exception, limit_s: float) -> tuple[Verdict, str]:

@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from agent.config import Config
 from hil.bench import machine
 from hil.sim import crowd, figures, judge, page, plots, setting, tables, validate, workloads
-from hil.sim.figures import Figures
 from hil.sim.hindsight import ORACLE
 from hil.sim.judge import Verdict
-from hil.sim.play import Stage, play
+from hil.sim.play import Run, Stage, play
 from hil.sim.setting import say
 from hil.sim.strategies import ALWAYS_CLOUD, BASELINES, OURS
 
 SCHEMA = 1
 STRATEGIES = (*BASELINES, OURS, ORACLE)
+SEEDS_APART = 10
+"""The workloads of one seed use the ones behind it as well."""
 
 
 def _main(args: argparse.Namespace) -> int:
     if args.validate:
-        args.runs = 3
+        args.seconds, args.runs, args.page = validate.SECONDS, validate.RUNS, None
         return validate.main(args)
     setting.within("--seconds", args.seconds, 10, 3600)
+    setting.within("--seeds", args.seeds, 1, 100)
     stage = setting.stage(args)
     config = setting.config(args.policy, stage.catalog)
     facts = machine.facts()
     say(machine.text(facts))
     crowds, crowded = _crowds(stage, config)  # first: memory that was used before hides what it takes
-    results, verdicts = _workloads(stage, config, args.seconds, args.seed)
+    seeds = range(args.seed, args.seed + args.seeds * SEEDS_APART, SEEDS_APART)
+    results, verdicts = _workloads(stage, config, args.seconds, seeds)
     verdicts["10,000 requests at once"] = crowded
     healthy = crowd.disturbed(stage, config, args.seconds, args.seed)
     verdicts["faults elsewhere"] = [one.verdict() for one in healthy]
@@ -39,10 +43,10 @@ def _main(args: argparse.Namespace) -> int:
     say(f"held: {sum(map(len, verdicts.values())) - judge.missed(verdicts)} of {sum(map(len, verdicts.values()))}")
     document = {
         "schema": SCHEMA,
-        "machine": {key: facts[key] for key in ("cpu", "cores", "system", "python")},
+        "machine": machine.generic(facts),
         "times": {"machine": dict(stage.times.machine), "network": dict(stage.times.network)},
         "seconds": args.seconds,
-        "seed": args.seed,
+        "seeds": list(seeds),
         "workloads": results,
         "crowds": crowds,
         "verdicts": {title: [one.to_dict() for one in found] for title, found in verdicts.items()},
@@ -56,31 +60,40 @@ def _main(args: argparse.Namespace) -> int:
 
 
 def _workloads(
-    stage: Stage, config: Config, seconds: float, seed: int
+    stage: Stage, config: Config, seconds: float, seeds: Sequence[int]
 ) -> tuple[dict[str, Any], dict[str, Sequence[Verdict]]]:
-    """Every strategy on every workload; verdicts on the calm ones."""
+    """Every strategy on every workload with the first seed; verdicts on all but the disturbed one, with every seed."""
     results: dict[str, Any] = {}
     verdicts: dict[str, Sequence[Verdict]] = {}
-    for name, scenario in workloads.standard(seconds, seed).items():
-        rows: dict[str, Figures] = {}
-        classes: Mapping[str, Figures] = {}
-        for strategy in STRATEGIES:
-            run = play(stage, scenario, config, strategy)
-            rows[strategy.name] = figures.of_courses(run.courses)
-            if strategy is OURS:
-                classes = figures.by_class(run)
+    standard = [workloads.standard(seconds, seed) for seed in seeds]
+    played = {name: (stage, [one[name] for one in standard]) for name in standard[0]}
+    replayed = [workloads.recorded(stage, config, seed) for seed in seeds]
+    played[workloads.RECORDED] = replayed[0][0], [scenario for _, scenario in replayed]
+    for name, (on, (first, *more)) in played.items():
+        runs = {strategy.name: play(on, first, config, strategy) for strategy in STRATEGIES}
+        rows = {row: figures.of_courses(run.courses) for row, run in runs.items()}
+        ours = runs[OURS.name]
         say()
         say(name)
         for line in tables.table(rows):
             say(line)
         results[name] = {
             "strategies": {row: found.to_dict() for row, found in rows.items()},
-            "classes": {row: found.to_dict() for row, found in classes.items()},
+            "classes": {row: found.to_dict() for row, found in figures.by_class(ours).items()},
         }
         if name != workloads.DISTURBED:
-            verdicts[name] = judge.routing(rows[OURS.name], classes["near"], rows[ALWAYS_CLOUD.name])
+            pairs = [(ours, runs[ALWAYS_CLOUD.name])]
+            pairs += [(play(on, one, config, OURS), play(on, one, config, ALWAYS_CLOUD)) for one in more]
+            verdicts[name] = judge.over_seeds([_judged(*pair) for pair in pairs])
             _print(f"what must hold: {name}", verdicts[name])
     return results, verdicts
+
+
+def _judged(ours: Run, cloud: Run) -> list[Verdict]:
+    every, of_cloud = figures.of_courses(ours.courses), figures.of_courses(cloud.courses)
+    *found, accuracy = judge.routing(every, figures.by_class(ours)["near"], of_cloud)
+    beside = f"{accuracy.beside}; {judge.wrong(ours.courses, cloud.courses)}"
+    return [*found, replace(accuracy, beside=beside)]
 
 
 def _crowds(stage: Stage, config: Config) -> tuple[dict[str, Any], list[Verdict]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from agent.core.errors import InferenceError
-from agent.core.types import Tier
+from agent.core.types import LatencyClass, Tier
 from hil.sim.hindsight import CLOSE
 from hil.sim.play import Course, Run
 
@@ -77,11 +77,10 @@ def of_courses(courses: Iterable[Course]) -> Figures:
 
 def by_class(run: Run) -> Mapping[str, Figures]:
     """Figures of each latency class that asked."""
-    classes = dict.fromkeys(course.ask.kind.latency_class for course in run.courses)
-    return {
-        latency_class.value: of_courses(c for c in run.courses if c.ask.kind.latency_class is latency_class)
-        for latency_class in sorted(classes, key=list(type(next(iter(classes)))).index)
-    }
+    found: dict[LatencyClass, list[Course]] = {kind: [] for kind in LatencyClass}
+    for course in run.courses:
+        found[course.ask.kind.latency_class].append(course)
+    return {kind.value: of_courses(courses) for kind, courses in found.items() if courses}
 
 
 def by_tier(courses: Sequence[Course]) -> dict[str, int]:

@@ -3,22 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from operator import ge, gt, le, lt
+from typing import Any, NamedTuple
 
-from hil.sim.figures import Figures
+from agent.core.types import LatencyClass, Tier
+from hil.sim.figures import Figures, tier_of
+from hil.sim.play import Course
+
+
+class Rule(NamedTuple):
+    """How a figure is held against its limit. `unit` empty: both are shares."""
+
+    words: str
+    holds: Callable[[float, float], bool]
+    unit: str = ""
+
+    def shown(self, figure: float) -> str:
+        return f"{figure:.3g} {self.unit}" if self.unit else f"{figure:.2%}"
+
+    def limited(self, limit: float) -> str:
+        return f"{self.words} {limit:g} {self.unit}" if self.unit else f"{self.words} {limit:.0%}"
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One line. `text` is the figure with its limit, for people."""
+    """One line. `figure` is the mean where there are several `seeds`, the figures of single ones."""
 
     what: str
-    text: str
     figure: float
     limit: float
-    met: bool
+    rule: Rule
     beside: str = ""
+    seeds: tuple[float, ...] = ()
+
+    @property
+    def met(self) -> bool:
+        return self.rule.holds(self.figure, self.limit)
+
+    @property
+    def text(self) -> str:
+        """The figure with its limit, for people."""
+        found = self.rule.shown(self.figure)
+        if len(self.seeds) > 1:
+            low, high = self.rule.shown(min(self.seeds)), self.rule.shown(max(self.seeds))
+            found += f" ({low} to {high} over {len(self.seeds)} seeds)"
+        return f"{found}, {self.rule.limited(self.limit)}"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -28,30 +58,39 @@ class Verdict:
             "met": self.met,
             "text": self.text,
             "beside": self.beside,
+            **({"seeds": [round(one, 6) for one in self.seeds]} if self.seeds else {}),
         }
 
 
 def above(what: str, figure: float, limit: float, beside: str = "") -> Verdict:
     """A share that must be larger."""
-    return Verdict(what, f"{figure:.2%}, must be above {limit:.0%}", figure, limit, figure > limit, beside)
+    return Verdict(what, figure, limit, Rule("must be above", gt), beside)
 
 
 def below(what: str, figure: float, limit: float, beside: str = "") -> Verdict:
     """A share that must be smaller."""
-    return Verdict(what, f"{figure:.2%}, must be below {limit:.0%}", figure, limit, figure < limit, beside)
+    return Verdict(what, figure, limit, Rule("must be below", lt), beside)
 
 
 def at_least(what: str, figure: float, limit: float, beside: str = "") -> Verdict:
-    return Verdict(what, f"{figure:.2%}, must be at least {limit:.0%}", figure, limit, figure >= limit, beside)
+    return Verdict(what, figure, limit, Rule("must be at least", ge), beside)
 
 
 def at_most(what: str, figure: float, limit: float, unit: str, beside: str = "") -> Verdict:
-    text = f"{figure:.3g} {unit}, must be at most {limit:g} {unit}"
-    return Verdict(what, text, figure, limit, figure <= limit, beside)
+    return Verdict(what, figure, limit, Rule("must be at most", le, unit), beside)
 
 
 def under(what: str, figure: float, limit: float, unit: str) -> Verdict:
-    return Verdict(what, f"{figure:.3g} {unit}, must be under {limit:g} {unit}", figure, limit, figure < limit)
+    return Verdict(what, figure, limit, Rule("must be under", lt, unit))
+
+
+def over_seeds(found: Sequence[Sequence[Verdict]]) -> list[Verdict]:
+    """The same lines with several seeds: their means are judged. What stands beside them is of the first."""
+    combined = []
+    for same in zip(*found, strict=True):
+        seeds = tuple(one.figure for one in same)
+        combined.append(replace(same[0], figure=sum(seeds) / len(seeds), seeds=seeds))
+    return combined
 
 
 def routing(ours: Figures, near: Figures, cloud: Figures) -> list[Verdict]:
@@ -79,6 +118,23 @@ def routing(ours: Figures, near: Figures, cloud: Figures) -> list[Verdict]:
             f"{ours.useful:.2%} against {cloud.useful:.2%}",
         ),
     ]
+
+
+def wrong(ours: Sequence[Course], cloud: Sequence[Course]) -> str:
+    """Whose answers were wrong: ours by what they came of, and always asking the cloud."""
+    realtime = stale = others = 0
+    for course in ours:
+        if course.right is False:
+            if tier_of(course) is Tier.FALLBACK:
+                stale += 1
+            elif course.ask.kind.latency_class is LatencyClass.REALTIME:
+                realtime += 1
+            else:
+                others += 1
+    return (
+        f"wrong answers: {realtime} to realtime requests, which have no time for the cloud; {stale} stale ones; "
+        f"{others} others; always cloud: {sum(course.right is False for course in cloud)}"
+    )
 
 
 def lines(title: str, verdicts: Sequence[Verdict]) -> list[str]:

@@ -14,12 +14,18 @@ BEGIN, END = "<!-- figures: edge-agent bench routing -->", "<!-- end of figures 
 
 def write(path: Path, document: Mapping[str, Any]) -> None:
     """Put the figures where the page has its marks. Raises `OSError`, and `ValueError` if it has none."""
+    put(path, BEGIN, render(document))
+
+
+def put(path: Path, begin: str, figures: str) -> None:
+    """`figures`, which begin with `begin` and end with `END`, in place of what the page has there. Raises `OSError`,
+    and `ValueError` if the page has no such marks."""
     text = path.read_text()
-    before, mark, rest = text.partition(BEGIN)
+    before, mark, rest = text.partition(begin)
     _, end, after = rest.partition(END)
     if not mark or not end:
-        raise ValueError(f"{path}: has no {BEGIN} with {END} behind it")
-    path.write_text(before + render(document) + after)
+        raise ValueError(f"{path}: has no {begin} with {END} behind it")
+    path.write_text(before + figures + after)
 
 
 def render(document: Mapping[str, Any]) -> str:

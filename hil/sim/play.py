@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +51,7 @@ class Scenario:
     faults: Sequence[Fault] = ()
     seed: int = 1
     places: Sequence[Place] = ()
-    """None: those of the configuration."""
+    """Empty: those of the configuration."""
     weather: Mapping[str, Weather] = field(default_factory=dict)
     known: Mapping[tuple[str, str], Mapping[int, Known]] = field(default_factory=dict)
     fresh_only: bool = True
@@ -88,19 +89,23 @@ class Course(NamedTuple):
 
 @dataclass(slots=True)
 class Run:
-    """Everything that came of a scenario. `status` is what the daemon thought of its targets at the end."""
+    """Everything that came of a scenario."""
 
     courses: list[Course] = field(default_factory=list)
     most_in_flight: int = 0
     most_waiting: int = 0
     most_bytes: int = 0
     """Resident memory of the process, looked at each time another `LOOK_EVERY` requests are in it."""
-    status: Sequence[Mapping[str, object]] = ()
 
 
 def play(stage: Stage, scenario: Scenario, config: Config, strategy: Strategy = OURS) -> Run:
     """Run it to the end of its last request."""
-    return run_virtual(_play(stage, scenario, config, strategy))
+    before = random.getstate()
+    random.seed(scenario.seed)  # of the breakers' back-off, which is shortened at random
+    try:
+        return run_virtual(_play(stage, scenario, config, strategy))
+    finally:
+        random.setstate(before)
 
 
 async def _play(stage: Stage, scenario: Scenario, config: Config, strategy: Strategy) -> Run:
@@ -129,7 +134,7 @@ async def _play(stage: Stage, scenario: Scenario, config: Config, strategy: Stra
         task.add_done_callback(running.discard)
     if running:
         await asyncio.wait(running)
-    return player.finished()
+    return player.run
 
 
 class _Player:
@@ -141,15 +146,15 @@ class _Player:
         self._hindsight = Hindsight(world, config.routing)
         self._clock = world.clock
         targets: list[Target] = list(world.targets.values())
-        self._router = strategy.router(targets, config, world)
+        router = strategy.router(targets, config, world)
         kind = _Forgetful if fresh_only else ResultCache
         cache = kind(config.fallback, None, world.catalog, world.clock)
         accuracy = config.accuracy if strategy.cascades else AccuracySection(floor=0.0)
         self._pipeline = Pipeline(
-            world.catalog, self._router, cache, Metrics(), world.clock, config.routing, accuracy=accuracy
+            world.catalog, router, cache, Metrics(), world.clock, config.routing, accuracy=accuracy
         )
         self._budgets_s = class_budgets(config.routing.latency_thresholds)
-        self._run = Run()
+        self.run = Run()
 
     async def ask(self, ask: Ask) -> None:
         kind, received = ask.kind, self._clock.monotonic()
@@ -170,15 +175,15 @@ class _Player:
             use_cache=kind.use_cache,
             accuracy=kind.accuracy if self._strategy.cascades else AccuracyMode.ACCEPTABLE,
         )
-        await asyncio.sleep(float(self._world.own_s[ask.number]))
+        await asyncio.sleep(self._world.own_s(ask.number, kind.family, kind.latency_class))
         best = self._hindsight.best(request, received + budget_s)
         outcome: InferenceResult | InferenceError
         right = None
-        if self._pipeline.in_flight >= self._run.most_in_flight:
-            self._run.most_in_flight = self._pipeline.in_flight + 1
-            if self._run.most_in_flight % LOOK_EVERY == 0:
-                self._run.most_bytes = max(self._run.most_bytes, resident_bytes())
-        self._run.most_waiting = max(self._run.most_waiting, self._pipeline.queue.waiting)
+        if self._pipeline.in_flight >= self.run.most_in_flight:
+            self.run.most_in_flight = self._pipeline.in_flight + 1
+            if self.run.most_in_flight % LOOK_EVERY == 0:
+                self.run.most_bytes = max(self.run.most_bytes, resident_bytes())
+        self.run.most_waiting = max(self.run.most_waiting, self._pipeline.queue.waiting)
         try:
             outcome = await self._pipeline.infer(request)
             right = outcome.label == self._world.samples[kind.family].truth[ask.sample]
@@ -188,11 +193,7 @@ class _Player:
         spent = self._world.spent_bytes[ask.number]
         late = right is None or took_s > budget_s
         got = self._hindsight.worth(kind.latency_class, bool(right), late, outcome.cost_usd, spent)
-        self._run.courses.append(Course(ask, budget_s, took_s, outcome, right, spent, got, best))
-
-    def finished(self) -> Run:
-        self._run.status = self._router.status()
-        return self._run
+        self.run.courses.append(Course(ask, budget_s, took_s, outcome, right, spent, got, best))
 
 
 class _Forgetful(ResultCache):

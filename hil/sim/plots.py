@@ -42,6 +42,7 @@ def _worth(axes: Any, rows: Mapping[str, Mapping[str, float]]) -> None:
         cost = row["cost_usd"] / row["requests"] * 1000
         axes.scatter(cost, row["useful"] * 100, color=_colour(name), s=40)
         axes.annotate(name, (cost, row["useful"] * 100), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    axes.margins(x=0.3, y=0.1)
     axes.set_xlabel("USD for 1,000 requests")
     axes.set_ylabel("right and in time, % of all requests")
 
@@ -58,7 +59,7 @@ def _latency(axes: Any, rows: Mapping[str, Mapping[str, float]]) -> None:
 
 def _regret(axes: Any, rows: Mapping[str, Mapping[str, float]]) -> None:
     axes.barh(list(rows), [row["regret"] for row in rows.values()], color=[_colour(name) for name in rows])
-    axes.set_xlabel("utility missed on average, against the best play in hindsight")
+    axes.set_xlabel("regret: utility missed on average")
 
 
 def _colour(name: str) -> str:

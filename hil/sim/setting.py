@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from hil.sim import stack, tiers
 from hil.sim.answers import run_models
 from hil.sim.play import Stage
 
+_NUMBERS = re.compile(r"\[[-\d.,e+\s]+\]")
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
 
@@ -75,8 +77,10 @@ def within(name: str, value: float, low: float, high: float) -> None:
 
 
 def write_json(path: Path | None, document: Mapping[str, Any]) -> None:
+    """Indented, with lists of numbers on one line each."""
     if path is not None:
-        path.write_text(json.dumps(document, indent=2) + "\n")
+        text = json.dumps(document, indent=2)
+        path.write_text(_NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n")
 
 
 def say(line: str = "") -> None:

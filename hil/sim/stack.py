@@ -37,8 +37,9 @@ class Reply:
     took_s: float
 
 
-def start(stage: Stage, catalog: Catalog, routing: Mapping[str, Any] | None = None) -> int:
-    """Start everything; returns the HTTP port once every tier can be asked. Raises `StartError`."""
+def start(stage: Stage, catalog: Catalog, record: Path | None = None) -> int:
+    """Start everything; returns the HTTP port once every tier can be asked. `record`: where the daemon writes a trace.
+    Raises `StartError`."""
     broker, http = free_port(), free_port()
     stage.broker("broker", broker)
     ports = []
@@ -52,22 +53,20 @@ def start(stage: Stage, catalog: Catalog, routing: Mapping[str, Any] | None = No
     url = f"mqtt://127.0.0.1:{broker}"
     delay = ("--delay-ms", str(CLOUD_DELAY_MS), "--jitter-ms", str(CLOUD_JITTER_MS))
     stage.worker("worker", url, LANE, *delay)
-    stage.daemon(config(stage.folder, ports, url, http, routing or {}))
+    stage.daemon(config(stage.folder, ports, url, http, record))
     _wait(http)
     return http
 
 
-def config(
-    folder: Path, ports: list[Path], broker: str, http_port: int, routing: Mapping[str, Any]
-) -> dict[str, object]:
+def config(folder: Path, ports: list[Path], broker: str, http_port: int, record: Path | None) -> dict[str, object]:
     """The daemon's configuration file."""
     return {
         "gateway": {"id": GATEWAY, "state_dir": str(folder / "state")},
-        "routing": dict(routing),
         "edge_mcu": {"ports": [str(port) for port in ports], "baud": BAUD},
         "cloud": {"lanes": [{"name": "gpu", "broker": broker, "topic": LANE, "cost_per_request": COST_USD}]},
         "mqtt": {"enabled": False},
         "http": {"port": http_port},
+        "monitoring": {} if record is None else {"record": str(record)},
     }
 
 

@@ -26,7 +26,7 @@ from agent.app import build_targets
 from agent.config import Config
 from agent.core.clock import Clock
 from agent.core.errors import TargetTimeout, TargetUnavailable
-from agent.core.types import InferenceRequest, TargetAnswer, Tier
+from agent.core.types import InferenceRequest, LatencyClass, TargetAnswer, Tier
 from agent.registry.catalog import Catalog, Family, TargetKind, Variant
 from agent.targets.base import AVAILABLE, Availability, TargetTraits
 from agent.wire import oip
@@ -150,7 +150,10 @@ class SimTarget:
         queue_s = self._queue(variant).wait_s(now + out_s)
         lost_s = 0.0 if self.weather.gone(now) or self.weather.silent(now) else self.weather.lost_at(now) - now
         known = self._world.known_of(self._traits.name, variant, number)
-        return Plan(queue_s, service_s, link_s, lost_s if known is None else min(lost_s, known.lost_s))
+        if known is not None and known.lost_s < math.inf:
+            lost_s = min(lost_s, known.lost_s)
+            link_s += known.lost_s  # no answer before that
+        return Plan(queue_s, service_s, link_s, lost_s)
 
     async def infer(self, request: InferenceRequest, family: Family, variant: Variant, deadline: float) -> TargetAnswer:
         now = self._world.clock.monotonic()
@@ -230,13 +233,16 @@ class World:
         }
         self.spent_bytes = [0] * self.requests
         """On metered links, for each request."""
-        self.own_s = self.times.daemon.draw(self._uniform("daemon"))
-        """What the daemon itself takes, for each request."""
+        self._own = self._uniform("daemon")
 
     def number(self, request: InferenceRequest) -> int:
         """Of the request in the run. One that is not of the run's own (a shadow) gets a number by its id."""
         number = int(request.id) if request.id.isdecimal() else self.requests
         return number if number < self.requests else zlib.crc32(request.id.encode()) % self.requests
+
+    def own_s(self, number: int, family: str, latency_class: LatencyClass) -> float:
+        """What the daemon itself takes for a request."""
+        return self.times.own_of(family, latency_class).at(float(self._own[number]))
 
     def draws(self, target: str, variant: Variant) -> Draws:
         found = self._draws.get((target, variant.name))

@@ -46,10 +46,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baud", type=_positive, help="pace the line to this rate (default: as fast as it goes)")
     parser.add_argument("--arena", type=_positive, default=DEFAULT_ARENA, metavar="BYTES", help="bytes of tensor arena")
     parser.add_argument("--control", type=Path, metavar="SOCKET", help="Unix socket for reset, unplug, noise, ...")
+    parser.add_argument(
+        "--samples",
+        type=Path,
+        metavar="FILE",
+        help="what its sensor reads: rows of the model's input bytes (hil.samples)",
+    )
+    parser.add_argument(
+        "--public-key",
+        metavar="FILE|HEX",
+        help="Ed25519 key: the board takes models signed with it only (those of --model excepted)",
+    )
     parser.add_argument("--window", type=_window, default=DEFAULT_WINDOW, help="open requests the board holds")
 
 
 def main(args: argparse.Namespace) -> int:
+    from agent.registry.signing import SigningError, load_public
+
     from .engine import open_engine
     from .flash import FileFlash, FlashRefused
     from .library import Hardware, LibraryMissing, known_operators
@@ -59,6 +72,9 @@ def main(args: argparse.Namespace) -> int:
 
     with contextlib.ExitStack() as opened:
         try:
+            key = load_public(args.public_key) if args.public_key is not None else None
+            if key is not None:
+                key.verify(b"", b"")  # says now, not during an update, that the package for it is missing
             engine = open_engine(args.arena, known_operators())
             # Before anything is written: a board that cannot have its port leaves the flash alone.
             opened.callback(LinkClaim(args.link).close)
@@ -74,10 +90,12 @@ def main(args: argparse.Namespace) -> int:
                 window=args.window,
                 # Stable over restarts, and different for every flash file.
                 unique_id=zlib.crc32(str(args.flash.resolve()).encode()),
+                samples=args.samples.read_bytes() if args.samples else b"",
+                verify=key.verify if key is not None else None,
             )
             machine = Machine(settings, flash, engine)
             opened.callback(machine.close)
-        except (LibraryMissing, FlashRefused, ProvisionError, ImportError, OSError) as err:
+        except (LibraryMissing, FlashRefused, ProvisionError, SigningError, ImportError, OSError) as err:
             print(f"virtual MCU: {err}", file=sys.stderr)
             return 1
         machine.stop_on_signals()

@@ -65,6 +65,11 @@ class Control:
     def stats(self) -> dict[str, Any]:
         return self.call("stats")
 
+    def clock(self, **parameters: float) -> tuple[float, float]:
+        """One moment on the board's clock and on this machine's monotonic one, seconds; `drift_ppm` from now on."""
+        answer = self.call("clock", **parameters)
+        return answer["board_s"], answer["monotonic_s"]
+
     def close(self) -> None:
         self._answers.close()
         self._socket.close()

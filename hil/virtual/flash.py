@@ -20,7 +20,7 @@ FLASH_SIZE = 2 * 512 * 1024 + 9 * ERASE_SIZE
 DIRECTORY_SIZE = 2 * ERASE_SIZE
 
 # Of the directory's records, in firmware/core: what each begins with, and its size.
-DIRECTORY_MAGIC = b"EEM1"
+DIRECTORY_MAGICS = (b"EEM2", b"EEM1")
 DIRECTORY_RECORD = 512
 
 BLANK = b"\xff"
@@ -91,7 +91,7 @@ def _check(path: Path, size: int, content: bytes) -> None:
         return
     directory = content[:DIRECTORY_SIZE]
     records = range(0, DIRECTORY_SIZE, DIRECTORY_RECORD)
-    ours = any(directory.startswith(DIRECTORY_MAGIC, at) for at in records) or not directory.strip(BLANK)
+    ours = any(directory.startswith(DIRECTORY_MAGICS, at) for at in records) or not directory.strip(BLANK)
     if size != FLASH_SIZE or not ours:
         raise FlashRefused(
             f"{path} holds {size} bytes that are no flash of a virtual microcontroller: name another file or remove it"

@@ -26,7 +26,7 @@ from typing import Protocol
 
 from .engine import Engine, EngineError
 
-ABI = 1
+ABI = 2
 LIBRARY = Path("firmware/.pio/build/host/libedge_mcu.so")
 ENVIRONMENT = "EDGE_AGENT_FIRMWARE"
 
@@ -40,7 +40,11 @@ ENGINE_LOAD = CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t, U32_OUT, U32_OUT, U
 ENGINE_INVOKE = CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t, c_void_p, c_size_t)
 # A pointer, not c_char_p: ctypes would free the converted string before the firmware reads it.
 ENGINE_ERROR = CFUNCTYPE(c_void_p, c_void_p)
+SAMPLE = CFUNCTYPE(c_int, c_void_p, c_uint8, c_void_p, c_size_t)
 VERIFY = CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t, c_void_p)
+
+
+FOR_EVER = 2**64 - 1
 
 
 class LibraryMissing(Exception):
@@ -69,7 +73,9 @@ class Config(ctypes.Structure):
         ("engine_invoke", ENGINE_INVOKE),
         ("engine_error", ENGINE_ERROR),
         ("verify", VERIFY),
+        ("sample", SAMPLE),
         ("unique_id", c_uint64),
+        ("sources", c_uint8),
         ("reset_cause", c_uint8),
         ("window", c_uint8),
     )
@@ -109,6 +115,8 @@ class Hardware:
     request_reset: Callable[[], object] = lambda: None
     clock_us: Callable[[], int] | None = None
     verify: Callable[[bytes, bytes], bool] | None = None
+    sample: Callable[[int, int], bytes | None] | None = None
+    """Number of the source and bytes wanted -> the next reading; None: it has none."""
     unique_id: int = 0
     window: int = 4
 
@@ -131,6 +139,8 @@ def load(path: Path | None = None) -> ctypes.CDLL:
     lib.edge_mcu_destroy.restype = None
     lib.edge_mcu_feed.argtypes = (c_void_p, c_char_p, c_size_t)
     lib.edge_mcu_poll.argtypes = (c_void_p,)
+    lib.edge_mcu_idle_us.argtypes = (c_void_p,)
+    lib.edge_mcu_idle_us.restype = c_uint64
     lib.edge_crc32.argtypes = (c_char_p, c_size_t)
     lib.edge_crc32.restype = c_uint32
     lib.edge_sha256.argtypes = (c_char_p, c_size_t, c_char_p)
@@ -171,8 +181,13 @@ class Mcu:
         return bool(self._feed(self._mcu, data, len(data)))
 
     def poll(self) -> bool:
-        """Runs one queued request at most; True if more are queued."""
+        """Runs one queued request at most, or takes a sample; True if requests are queued still."""
         return bool(self._poll(self._mcu))
+
+    def idle_s(self) -> float | None:
+        """For how long `poll` has nothing to do if no bytes come; None: for ever."""
+        idle_us = int(self._lib.edge_mcu_idle_us(self._mcu))
+        return None if idle_us == FOR_EVER else idle_us / 1e6
 
     def close(self) -> None:
         if self._mcu is not None:
@@ -206,6 +221,14 @@ class Mcu:
             reset_cause=reset_cause,
             window=hardware.window,
         )
+        if (source := hardware.sample) is not None:
+            reading = source
+
+            def sample(_: int, number: int, out: int, size: int) -> int:
+                return _as_status(lambda: _copied(reading(number, size), out, size))
+
+            config.sample = SAMPLE(sample)
+            config.sources = 1
         if (clock := hardware.clock_us) is not None:
             config.clock_us = NUMBER(lambda _: clock())
         if (verify := hardware.verify) is not None:
@@ -248,6 +271,13 @@ class Mcu:
 
     def _set_error(self, text: str) -> None:
         self._engine_error = ctypes.create_string_buffer(text.encode(errors="replace"))
+
+
+def _copied(reading: bytes | None, out: int, size: int) -> bool:
+    if reading is None or len(reading) != size:
+        return False
+    ctypes.memmove(out, reading, size)
+    return True
 
 
 def _as_status(call: Callable[[], bool]) -> int:

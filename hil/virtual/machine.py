@@ -18,6 +18,7 @@ from .engine import Engine
 from .flash import FileFlash
 from .library import Hardware, Mcu
 from .port import Noise, Pacer, Port
+from .senses import BoardClock, SyntheticSource, TableSource
 
 # One read takes what a pseudo-terminal holds.
 READ_SIZE = 4096
@@ -28,6 +29,9 @@ MAX_WAITING = 64 * 1024
 
 # A command is a short line of JSON; whoever sends more is no client of ours.
 MAX_COMMAND = 4096
+
+# An idle firmware is asked this often whether time has come for something: it has a trial to end.
+TICK_S = 0.5
 
 RESET_POWER_ON = 1
 RESET_PIN = 2
@@ -41,6 +45,10 @@ class Settings:
     baud: int | None
     window: int
     unique_id: int
+    samples: bytes = b""
+    """What its sensor reads (`TableSource`); empty: a synthetic pattern."""
+    verify: Callable[[bytes, bytes], bool] | None = None
+    """Ed25519: (message, signature)."""
 
 
 class Machine:
@@ -48,13 +56,18 @@ class Machine:
 
     def __init__(self, settings: Settings, flash: FileFlash, engine: Engine) -> None:
         self._settings = settings
+        self._clock = BoardClock()
+        source = TableSource(settings.samples) if settings.samples else SyntheticSource()
         self._hardware = Hardware(
             flash=flash,
             engine=engine,
             uart_write=self._uart_write,
             request_reset=self._request_reset,
+            clock_us=self._clock.now_us,
+            sample=source.read,
             unique_id=settings.unique_id,
             window=settings.window,
+            verify=settings.verify,
         )
         self._poller = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
@@ -65,6 +78,7 @@ class Machine:
         self._running = True
         self._stalled = False
         self._busy = False  # the firmware has requests queued
+        self._tick_at = 0.0
 
         self._received = bytearray()  # from the line, not yet carried: only with a baud rate
         self._sending = bytearray()
@@ -95,10 +109,19 @@ class Machine:
 
     def run(self) -> None:
         while self._running:
-            for fd, events in self._poller.poll(self._timeout_s()):
+            for fd, events in self._wait():
                 if handler := self._handlers.get(fd):
                     handler(events)
             self._work()
+
+    def _wait(self) -> list[tuple[int, int]]:
+        """File descriptors and their events, when there are some or it is time for something."""
+        timeout_s = self._timeout_s()
+        if self._settings.baud:
+            # Waits for less than a millisecond, which epoll does not: a short frame takes 0.15 ms at 921,600 baud.
+            select.select([self._poller], [], [], timeout_s)
+            timeout_s = 0
+        return self._poller.poll(timeout_s)
 
     def close(self) -> None:
         self._unplug()
@@ -113,17 +136,26 @@ class Machine:
             self._boot(self._reset_wanted)
         if self._received:
             self._feed_carried()
-        if self._busy and not self._stalled and self._mcu:
+        if self._mcu and not self._stalled and self._due():
             self._busy = self._mcu.poll()
+            self._tick_at = time.monotonic() + TICK_S
         if self._sending:
             self._flush()
         self._update_interest()
 
-    def _timeout_s(self) -> float | None:
+    def _timeout_s(self) -> float:
         if self._reset_wanted is not None or (self._busy and not self._stalled):
             return 0
-        waits = (self._rx_pacer.wait_s(len(self._received)), self._tx_pacer.wait_s(len(self._sending)))
-        return min((w for w in waits if w is not None), default=None)
+        now = time.monotonic()
+        waits = [self._rx_pacer.wait_s(self._received, now), self._tx_pacer.wait_s(self._sending, now)]
+        if self._mcu and not self._stalled:
+            waits.append(self._mcu.idle_s())
+        return min([TICK_S, *(wait for wait in waits if wait is not None)])
+
+    def _due(self) -> bool:
+        """Whether the firmware has something to do."""
+        assert self._mcu is not None
+        return self._busy or self._mcu.idle_s() == 0 or time.monotonic() >= self._tick_at
 
     # -- the board ---------------------------------------------------------------------------------------------------
 
@@ -134,6 +166,7 @@ class Machine:
         self._busy = False
         self._reset_wanted = None
         self._counts["boots"] += 1
+        self._clock.restart()
         self._mcu = Mcu(self._hardware, cause)
 
     def _request_reset(self) -> None:
@@ -241,6 +274,8 @@ class Machine:
                 self._stalled = True
             case "resume":
                 self._stalled = False
+            case "clock":
+                return self._clock.command(request)
             case "stats":
                 return {
                     **self._counts,

@@ -110,10 +110,9 @@ class Noise:
 
 
 class Pacer:
-    """How many of the waiting bytes a line of `baud` has carried by now. Without a rate: all."""
+    """How many of the waiting bytes a line of `baud` has carried by `now` (monotonic seconds). Without a rate: all."""
 
-    # The finest that epoll can wait.
-    TICK_S = 0.001
+    LONGEST_NAP_S = 0.004
 
     def __init__(self, baud: int | None) -> None:
         self._byte_s = BITS_PER_BYTE / baud if baud else 0.0
@@ -125,14 +124,17 @@ class Pacer:
             return waiting
         if self._since is None:
             self._since = now
-        count = min(waiting, int((now - self._since) / self._byte_s))
+        # A thousandth of a byte of grace: a wake-up computed from the same numbers must not come too early.
+        count = min(waiting, int((now - self._since) / self._byte_s + 1e-3))
         self._since += count * self._byte_s
         if count == waiting:
             self._since = None
         return count
 
-    def wait_s(self, waiting: int) -> float | None:
-        """Until it is worth asking again; None if nothing waits or nothing is paced."""
+    def wait_s(self, waiting: bytearray, now: float) -> float | None:
+        """Until the first frame has been carried, as nobody can act on less; None if nothing waits or is paced."""
         if not self._byte_s or not waiting:
             return None
-        return max(self.TICK_S, min(waiting * self._byte_s, 4 * self.TICK_S))
+        end = waiting.find(0) + 1 or len(waiting)
+        since = now if self._since is None else self._since
+        return max(0.0, min(since + end * self._byte_s - now, self.LONGEST_NAP_S))

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from .library import DecodedFrame, FrameDecoder, Hardware, Mcu, encode_frame
 
-MODEL_BEGIN, MODEL_CHUNK, MODEL_COMMIT, HELLO_REQ = 0x10, 0x11, 0x12, 0x01
+MODEL_BEGIN, MODEL_CHUNK, MODEL_COMMIT, MODEL_ROLLBACK, HELLO_REQ = 0x10, 0x11, 0x12, 0x16, 0x01
 MODEL_STATUS, HELLO, ERROR = 0x90, 0x81, 0xFF
 ALLOW_DOWNGRADE = 1
-ACTIVE = 4
+TRIAL, ACTIVE = 3, 4
+HELLO_FIXED, SLOT_SIZE = 38, 54
 # Larger than the firmware's own, which is what limits.
 MAX_FRAME = 65535
 FIRST_COUNTER = 1
@@ -38,10 +39,11 @@ class Provisioner:
         try:
             hello = self._ask(mcu, HELLO_REQ, struct.pack("<BBH", 1, 0, MAX_FRAME))
             wanted = hashlib.sha256(models[-1].read_bytes()).digest()
-            # A slot begins with index, state, length: 54 bytes each, at the end of HELLO.
-            slots = [hello[-108:-54], hello[-54:]]
-            if any(slot[1] == ACTIVE and slot[6:38] == wanted for slot in slots):
-                return
+            for state, sha256 in _slots(hello):
+                if state == ACTIVE and sha256 == wanted:
+                    return
+                if state == TRIAL:  # the first model of a board, which nobody confirmed
+                    self._ask(mcu, MODEL_ROLLBACK, sha256[:8])
             chunk = (struct.unpack_from("<H", hello, 2)[0] - 16) // 16 * 16
             for path in models:
                 self._install(mcu, path, chunk)
@@ -72,3 +74,12 @@ class Provisioner:
             code = struct.unpack_from("<H", answer.payload)[0]
             raise ProvisionError(f"error {code}: {answer.payload[2:].decode(errors='replace')}")
         return answer.payload
+
+
+def _slots(hello: bytes) -> list[tuple[int, bytes]]:
+    """(state, SHA-256 of the model) of each slot: behind three texts and the list of operators."""
+    at = HELLO_FIXED
+    for _ in range(4):
+        at += 1 + hello[at]
+    starts = range(at + 1, at + 1 + hello[at] * SLOT_SIZE, SLOT_SIZE)
+    return [(hello[start + 1], hello[start + 6 : start + 38]) for start in starts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from gateway import GATEWAY, Client, Gateway, wait_until
 
@@ -22,7 +23,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
         gateway = Gateway(stage)
         board = {"port": str(gateway.mcu_port), "timeout_ms": 5000}
         shadow = {"rate": 1.0, "per_hour": 1000, "usd_per_day": 10, "max_queued": 1000}
-        gateway.start(edge_gpu={"enabled": False}, edge_mcu=board, shadow=shadow)
+        gateway.start(edge_gpu={"enabled": False}, edge_mcu=board, shadow=shadow, drift={"window": 450})
         yield gateway
 
 
@@ -125,3 +126,23 @@ def test_drift_is_told_to_whoever_subscribes(gateway: Gateway) -> None:
     finally:
         client.close()
     assert (told["variant"], told["active"]) in {("mcu-int8", False), ("gateway-fp16", False)}
+
+
+def test_inputs_that_are_not_what_they_were_raise_the_alarm(gateway: Gateway) -> None:
+    client = Client(gateway.local_port, f"edge/{GATEWAY}/alarms/drift/digits/mcu-int8")
+    assert client.next()["active"] is False
+    shuffled = np.random.default_rng(0).permutation(64)
+    for index in range(SAMPLES):
+        values = np.array(gateway.sample("digits", index)[0]).ravel()[shuffled].tolist()
+        gateway.infer(model="digits", inputs=values, use_cache=False, latency_class="near", deadline_ms=5000)
+        if client.messages:
+            break
+    told = client.next()
+    client.close()
+    assert told["active"] is True
+    assert told["interval"][1] < told["band_low"] < told["expected"]
+    status = gateway.get("/status")
+    assert status["models"]["digits/mcu-int8"]["drift"]["accuracy"] < 0.9
+    assert [part["reason"] for part in status["components"] if part["name"] == "drift"] == [
+        "digits/mcu-int8: agree less with the cloud than they did"
+    ]

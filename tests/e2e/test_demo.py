@@ -25,11 +25,15 @@ def test_all_tiers_answer_every_outage_is_survived_and_nothing_is_lost(tmp_path:
     for tier, families in summary["accuracy"].items():
         for family, figure in families.items():
             assert figure.get("agrees", True), (tier, family, figure)
-    cut, unplugged, away = summary["outages"]
-    for outage in (cut, unplugged, away):
+    cascade = summary["cascade"]
+    assert cascade["fresh"] > 30
+    assert cascade["accuracy"] > 0.9
+    cut, hung, away = summary["outages"]
+    for outage in (cut, hung, away):
         assert outage["lost"] == 0
         assert outage["healed_after_s"] is not None, outage
-    assert "edge_mcu" in cut["answered_by"]
-    assert unplugged["answered_by"].get("edge_mcu", 0) <= 2, "at most what was on the line when it was pulled"
+    assert "edge_gpu" in cut["answered_by"]
+    assert hung["answered_by"].get("edge_gpu", 0) <= 5, "at most what was being answered when it was stopped"
+    assert "edge_mcu" in hung["answered_by"]
     assert away["answered_by"]["fallback"] > 0.9 * away["requests"]
-    assert set(summary["latency_ms"]) == {"realtime", "near", "batch"}
+    assert set(summary["latency_ms"]) == {"realtime", "near", "interactive", "batch"}

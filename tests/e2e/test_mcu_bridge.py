@@ -343,11 +343,16 @@ def test_the_command_line(port: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert cli.main(["mcu", "push", "digits", "--force", *line]) == 0
     assert "active, verified by the board" in capsys.readouterr().out
     assert cli.main(["mcu", "info", *line]) == 0
+    said = capsys.readouterr().out
+    assert "active, digits/mcu-int8, 2824 bytes" in said and "not: verifies signatures" in said
     assert cli.main(["mcu", "ping", "--count", "3", "--size", "100", *line]) == 0
-    assert "clock offset" in capsys.readouterr().out
+    assert "the board's clock is" in capsys.readouterr().out
     assert cli.main(["mcu", "bench", "--rounds", "20", "--json", str(tmp_path / "bench.json"), *line]) == 0
     names = [row["name"] for row in json.loads((tmp_path / "bench.json").read_text())["measurements"]]
     assert "infer" in names
+    assert cli.main(["mcu", "stream", "--seconds", "1", "--interval-ms", "50", *line]) == 0
+    said = capsys.readouterr().out
+    assert "results in 1." in said and "0 lost on the line" in said
     assert cli.main(["mcu", "reset", *line]) == 0
 
 

@@ -18,7 +18,14 @@ from hil.rig.suite import SUITE
 ROOT = Path(__file__).resolve().parents[2]
 SEED = "7"
 LIMIT_S = 400
-EMULATED = ("handshake", "faults/bit errors", "faults/missing delimiters", "faults/reset mid-call", "faults/replug")
+EMULATED = (
+    "handshake",
+    "timing/error bound",
+    "faults/bit errors",
+    "faults/missing delimiters",
+    "faults/reset mid-call",
+    "faults/replug",
+)
 """What takes seconds on an emulated board; the suite as a whole takes minutes there."""
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 from cobs import cobs
 
@@ -26,8 +27,8 @@ FRAGMENT, RETRY = 1, 2
 BUSY, VERSION, NO_MODEL, MISMATCH, DEADLINE, CANCELLED = 5, 6, 8, 9, 10, 11
 UNKNOWN_TYPE, BAD_LENGTH, BAD_FRAGMENT, TOO_LARGE, INVOKE = 1, 2, 3, 4, 12
 NOT_BEGUN, BAD_OFFSET, INCOMPLETE, DIGEST, SIGNATURE, DOWNGRADE = 13, 14, 15, 16, 17, 18
-INVALID_MODEL, OPERATOR, ARENA, SELFTEST = 19, 20, 21, 22
-EMPTY, RECEIVING, STORED, ACTIVE, BAD = 0, 1, 2, 4, 5
+INVALID_MODEL, OPERATOR, ARENA, SELFTEST, WRONG_BOARD, IN_TRIAL = 19, 20, 21, 22, 25, 26
+EMPTY, RECEIVING, STORED, TRIAL, ACTIVE, BAD = 0, 1, 2, 3, 4, 5
 OVERHEAD = 12
 
 
@@ -143,6 +144,7 @@ class FakeEngine:
         self.loaded = b""
         self.load_error: EngineError | None = None
         self.invoke_error: EngineError | None = None
+        self.on_invoke: Callable[[], None] = lambda: None
 
     def load(self, model: bytes) -> ModelInfo:
         if self.load_error:
@@ -153,8 +155,13 @@ class FakeEngine:
         self.loaded = model
         return ModelInfo(inputs, outputs, 4096)
 
+    def runs_on(self, model: bytes) -> bool:
+        """Whether it was this model that was loaded last."""
+        return self.loaded == model
+
     def invoke(self, inputs: bytes, outputs: memoryview) -> None:
         self.runs += 1
+        self.on_invoke()
         if self.invoke_error:
             raise self.invoke_error
         outputs[:] = self.answer(inputs, len(outputs))
@@ -162,6 +169,26 @@ class FakeEngine:
     @staticmethod
     def answer(inputs: bytes, size: int) -> bytes:
         return bytes(inputs[i % len(inputs)] ^ 0x5A for i in range(size))
+
+
+class Core(Protocol):
+    """Where the firmware of a `Board` runs: in this process, or on the emulated Cortex-M (emulated.py)."""
+
+    def flash(self) -> MemoryFlash: ...
+    def engine(self) -> FakeEngine: ...
+    def mcu(self, hardware: Hardware, reset_cause: int) -> Mcu: ...
+
+
+class HostCore:
+    flash = MemoryFlash
+    engine = FakeEngine
+    mcu = Mcu
+
+
+class Chosen:
+    """What boards are made on now; a module of tests may change it."""
+
+    core: Core = HostCore()
 
 
 class Board:
@@ -174,9 +201,10 @@ class Board:
         window: int = 4,
         verify: Callable[[bytes, bytes], bool] | None = None,
         with_engine: bool = True,
+        sample: Callable[[int, int], bytes | None] | None = None,
     ) -> None:
-        self.flash = flash or MemoryFlash()
-        self.engine = engine or FakeEngine()
+        self.flash = flash or Chosen.core.flash()
+        self.engine = engine or Chosen.core.engine()
         self.now_us = 0
         self.resets = 0
         self.line = Receiver()
@@ -188,6 +216,7 @@ class Board:
             request_reset=self._count_reset,
             clock_us=lambda: self.now_us,
             verify=verify,
+            sample=sample,
             unique_id=0x1234,
             window=window,
         )
@@ -201,7 +230,7 @@ class Board:
         self.close()
         self.flash.power_on()
         self.line = Receiver()
-        self._mcu = Mcu(self._hardware, cause)
+        self._mcu = Chosen.core.mcu(self._hardware, cause)
 
     def close(self) -> None:
         if self._mcu:
@@ -242,7 +271,7 @@ class Board:
 
     # -- model update --------------------------------------------------------------------------------------------------
 
-    def push(self, image: Image, chunk: int = 256) -> Message:
+    def push(self, image: Image, chunk: int = 256, trial: bool = False) -> Message:
         """A whole update. The last answer: of the commit, or the first error."""
         answer = self.ask("MODEL_BEGIN", image.begin(chunk))
         if answer.code:
@@ -258,7 +287,7 @@ class Board:
             if answer.code:
                 return answer
             status = Status.parse(answer.body)
-        return self.ask("MODEL_COMMIT")
+        return self.ask("MODEL_COMMIT", b"\1" if trial else b"")
 
 
 @dataclass(frozen=True)
@@ -289,19 +318,21 @@ class Hello:
     engine: str
     operators: bytes
     slots: tuple[Slot, ...]
+    rollback: int
+    trial_s: int
 
     @classmethod
     def parse(cls, body: bytes) -> Hello:
         major, minor, *fixed = struct.unpack_from("<BBHIBBQIIIQ", body)
-        assert (major, minor) == (1, 0)
+        assert (major, minor) == (1, 1)
         at, texts = struct.calcsize("<BBHIBBQIIIQ"), []
         for _ in range(4):  # three texts and the operator list have the same shape
             texts.append(body[at + 1 : at + 1 + body[at]])
             at += 1 + body[at]
         count, at = body[at], at + 1
         slots = tuple(Slot(*struct.unpack_from("<BBI32sIIII", body, at + 54 * i)) for i in range(count))
-        assert at + 54 * count == len(body)
-        return cls(*fixed, *(text.decode() for text in texts[:3]), texts[3], slots)
+        rollback, trial_s = struct.unpack_from("<BH", body, at + 54 * count)
+        return cls(*fixed, *(text.decode() for text in texts[:3]), texts[3], slots, rollback, trial_s)
 
 
 @dataclass(frozen=True)
@@ -330,6 +361,9 @@ class Image:
     tolerance: int = 0
     signature: bytes = b""
     model_sha256: bytes = b""
+    board: bytes | None = None
+    """With it the manifest has format 2."""
+    operators: bytes = bytes(16)
 
     @property
     def data(self) -> bytes:
@@ -340,10 +374,11 @@ class Image:
         return self.model_sha256 or hashlib.sha256(self.model).digest()
 
     def covered(self, chunk: int) -> bytes:
-        """MODEL_BEGIN up to image_sha256: what a signature covers, with chunk 0."""
+        """MODEL_BEGIN up to signature_kind: what a signature covers, with chunk 0."""
         sizes = (len(self.model), len(self.selftest), self.counter, self.arena)
-        head = struct.pack("<BBHIIIIB", 1, self.flags, chunk, *sizes, self.tolerance)
-        return head + self.sha256 + hashlib.sha256(self.data).digest()
+        head = struct.pack("<BBHIIIIB", 1 if self.board is None else 2, self.flags, chunk, *sizes, self.tolerance)
+        needs = b"" if self.board is None else self.board.ljust(16, b"\0") + self.operators
+        return head + self.sha256 + hashlib.sha256(self.data).digest() + needs
 
     def begin(self, chunk: int) -> bytes:
         return self.covered(chunk) + bytes([bool(self.signature)]) + self.signature

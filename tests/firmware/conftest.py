@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "tests/unit"))  # its microcontroller's lines serve the firmware as well
 
 BUILD_LIMIT_S = 300
 

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -154,38 +155,59 @@ class Machine:
                 while "return" not in (answer := json.loads(lines.readline())):
                     assert "error" not in answer, answer  # else an event
 
-    def push(self, image: Image, chunk: int = 1024) -> Message:
+    def push(self, image: Image, chunk: int = 1024, trial: bool = False) -> Message:
         """A whole update; the answer to its commit, or the first error."""
         answer = self.ask("MODEL_BEGIN", image.begin(chunk))
         for at in range(0, len(image.data), chunk):
             if answer.code:
                 return answer
             answer = self.ask("MODEL_CHUNK", struct.pack("<I", at) + image.data[at : at + chunk])
-        return answer if answer.code else self.ask("MODEL_COMMIT")
+        return answer if answer.code else self.ask("MODEL_COMMIT", b"\1" if trial else b"")
 
     # -- the core ------------------------------------------------------------------------------------------------------
 
-    def jump(self, address: int) -> None:
-        """Sends the core to `address`, as a debugger does (GDB's remote protocol; connecting stops the core)."""
-        commands = [
-            "qXfer:features:read:target.xml:0,ffb",  # the emulator has no registers before it was asked for them
-            f"Pf={address.to_bytes(4, 'little').hex()}",  # register 15
-            "D",  # lets go
-        ]
+    def jump(self, address: int, at: int | None = None, then: Callable[[], None] = lambda: None) -> None:
+        """Sends the core to `address`, as a debugger does (GDB's remote protocol; connecting stops the core).
+
+        With `at`: when it comes by there, which what `then` does makes it do.
+        """
         with self._connect("gdb") as debugger:
-            debugger.settimeout(10)
-            for command in commands:
-                debugger.sendall(f"${command}#{sum(command.encode()) & 0xFF:02x}".encode())
-                answer = b""
-                # "$T..." only tells that the core has stopped.
-                while not (found := re.search(rb"\$([^#T][^#]*)#..", answer)):
-                    data = debugger.recv(4096)
-                    assert data, f"no answer to {command}"
-                    answer += data
-                assert found[1] == b"OK" or b"<?xml" in found[1], (command, answer)
+            debugger.settimeout(ANSWER_LIMIT_S)
+            # The emulator has no registers before it was asked for them.
+            _debug(debugger, "qXfer:features:read:target.xml:0,ffb")
+            if at is not None:
+                _debug(debugger, f"Z1,{at & ~1:x},2")
+                debugger.sendall(_packet("c"))
+                then()
+                _wait_for(debugger, rb"\$T05[^#]*#..")
                 debugger.sendall(b"+")
+                _debug(debugger, f"z1,{at & ~1:x},2")
+            _debug(debugger, f"Pf={address.to_bytes(4, 'little').hex()}")  # register 15
+            _debug(debugger, "D")  # lets go
 
     def symbol(self, name: str) -> int:
         table = subprocess.run(["arm-none-eabi-nm", self.image], check=True, capture_output=True, text=True).stdout
         (address,) = [row.split()[0] for row in table.splitlines() if row.split()[-1] == name]
         return int(address, 16)
+
+
+def _packet(command: str) -> bytes:
+    return f"${command}#{sum(command.encode()) & 0xFF:02x}".encode()
+
+
+def _debug(debugger: socket.socket, command: str) -> None:
+    debugger.sendall(_packet(command))
+    # "$T..." only tells that the core has stopped.
+    answer = _wait_for(debugger, rb"\$([^#T][^#]*)#..")
+    assert answer == b"OK" or b"<?xml" in answer, (command, answer)
+    debugger.sendall(b"+")
+
+
+def _wait_for(debugger: socket.socket, pattern: bytes) -> bytes:
+    """The pattern's group, or all of it."""
+    received = b""
+    while not (found := re.search(pattern, received)):
+        data = debugger.recv(4096)
+        assert data, f"nothing like {pattern!r} in {received!r}"
+        received += data
+    return found[found.re.groups]

@@ -257,7 +257,7 @@ def test_a_full_window_still_reassembles(board: Board) -> None:
 
 def test_version_mismatch_serves_only_the_way_back(board: Board) -> None:
     answer = board.ask("HELLO_REQ", struct.pack("<BBH", 2, 0, 1024))
-    assert (answer.code, answer.body[2:]) == (VERSION, b"1.0")
+    assert (answer.code, answer.body[2:]) == (VERSION, b"1.1")
     assert board.ask("INFER", infer(IMAGE)).code == VERSION
     assert board.ask("STATS_REQ").code == VERSION
     assert board.ask("PING", b"x").type == "PONG"
@@ -278,7 +278,7 @@ def test_reset_is_asked_of_the_board_and_silences_the_session(board: Board) -> N
     assert board.take() == []
 
 
-@pytest.mark.parametrize("type_", [0x00, 0x06, 0x30, 0x7E, 0x83, 0xFF])
+@pytest.mark.parametrize("type_", [0x00, 0x06, 0x33, 0x7E, 0x83, 0xFF])
 def test_unknown_types(board: Board, type_: int) -> None:
     board.feed(line(type_, b"what", 77))
     assert codes(board) == [(77, "ERROR", UNKNOWN_TYPE)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import flatbuffers
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 from board import INVALID_MODEL, OPERATOR, ROOT, model
+from mutate import verdicts
 
 from hil.virtual.library import known_operators, validate_model
 
@@ -24,8 +26,10 @@ def packed(change: Callable[[Any], None], data: bytes | None = None) -> bytes:
 
 
 def validate(data: bytes) -> tuple[int, str]:
-    code, text, _, _ = validate_model(data, known_operators())
-    return code, text
+    """The firmware's verdict, which is the gateway's too."""
+    board, gateway = verdicts(data, known_operators())
+    assert board == gateway
+    return board[:2]
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda p: p.parent.name)
@@ -84,6 +88,28 @@ def change_scale(scale: list[float], zero_point: list[int], axis: int = 0) -> Ca
     return change
 
 
+def change_options(index: int, **fields: Any) -> Callable[[Any], None]:
+    def change(tree: Any) -> None:
+        for name, value in fields.items():
+            setattr(graph(tree).operators[index].builtinOptions, name, value)
+
+    return change
+
+
+def flat(index: int) -> Callable[[Any], None]:
+    def change(tree: Any) -> None:
+        tensor = graph(tree).tensors[index]
+        tensor.shape = [math.prod(tensor.shape)]
+
+    return change
+
+
+def offline_plan(tree: Any) -> None:
+    plan = schema.MetadataT()
+    plan.name, plan.buffer = "OfflineMemoryAllocation", 0
+    tree.metadata = [plan]
+
+
 def second_subgraph(tree: Any) -> None:
     tree.subgraphs.append(tree.subgraphs[0])
 
@@ -126,6 +152,12 @@ CHANGES: dict[str, tuple[Callable[[Any], None], int, str]] = {
     "writes a constant": (change_operator(1, outputs=[5]), INVALID_MODEL, "written twice"),
     "writes the input": (change_operator(1, outputs=[0]), INVALID_MODEL, "written twice"),
     "reads ahead": (change_operator(1, inputs=[8, 5, 4]), INVALID_MODEL, "nothing made"),
+    "no options": (change_operator(1, builtinOptions=None, builtinOptionsType=0), INVALID_MODEL, "operator options"),
+    "options of another operator": (change_operator(1, builtinOptionsType=9), INVALID_MODEL, "operator options"),
+    "softmax by zero": (change_options(3, beta=0.0), INVALID_MODEL, "operator options"),
+    "softmax by next to nothing": (change_options(3, beta=1e-30), INVALID_MODEL, "operator options"),
+    "weights of rank 1": (flat(WEIGHTS), INVALID_MODEL, "rank"),
+    "memory plan": (offline_plan, INVALID_MODEL, "memory plan"),
     "intermediates": (change_operator(1, intermediates=[1]), INVALID_MODEL, "intermediates"),
     "graph input index": (lambda t: setattr(graph(t), "inputs", [99]), INVALID_MODEL, "index"),
     "constant as graph input": (lambda t: setattr(graph(t), "inputs", [WEIGHTS]), INVALID_MODEL, "constant"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import hashlib
 import random
 import selectors
 from collections import OrderedDict, deque
@@ -12,18 +11,19 @@ from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
+from fake_update import EMPTY_SLOT as EMPTY_SLOT
+from fake_update import INPUTS as INPUTS
+from fake_update import KEY as KEY
+from fake_update import MODEL_SHA256 as MODEL_SHA256
+from fake_update import ModelUpdates
+from fake_update import active_slot as active_slot
+
 from agent.core.errors import LinkError
 from agent.link.session import Session
-from agent.wire.codes import Capability, ErrorCode, MessageType, ResetCause, SlotState
+from agent.wire.codes import Capability, ErrorCode, MessageType, ResetCause, Rollback
 from agent.wire.fragments import Reassembler, split
 from agent.wire.frame import FRAGMENT, MIN_MAX_FRAME, RETRY, Frame, FrameDecoder
-from agent.wire.messages import Error, Hello, HelloReq, Infer, Log, Pong, Result, Slot, Stats
-from agent.wire.update import ModelBegin, ModelChunk, ModelStatus
-
-MODEL = b"the model that is active " * 40
-MODEL_SHA256 = hashlib.sha256(MODEL).digest()
-KEY = MODEL_SHA256[:8]
-INPUTS = bytes(range(16))
+from agent.wire.messages import Error, Hello, HelloReq, Infer, Log, Pong, Result, Stats
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
@@ -71,12 +71,9 @@ class LoopClock:
     def wall(self) -> float:
         return 1_700_000_000.0 + self.monotonic()
 
+    def boot(self) -> str:
+        return ""
 
-def active_slot(sha256: bytes = MODEL_SHA256, inputs: int = 16, outputs: int = 4) -> Slot:
-    return Slot(0, SlotState.ACTIVE, len(MODEL), sha256, 7, inputs, outputs, 2048)
-
-
-EMPTY_SLOT = Slot(1, SlotState.EMPTY, 0, bytes(32), 0, 0, 0, 0)
 
 HELLO = Hello(
     major=1,
@@ -97,8 +94,11 @@ HELLO = Hello(
     slots=(active_slot(), EMPTY_SLOT),
 )
 
+HELLO_1_1 = replace(HELLO, minor=1, trial_s=300)
+"""Of a board that keeps a new model in trial until it is confirmed."""
 
-class FakeMcu:
+
+class FakeMcu(ModelUpdates):
     """Follows the protocol page. What a test wants otherwise it sets: `mute`, `compute_s`, `model`, `hello`."""
 
     def __init__(self, hello: Hello = HELLO, compute_s: float = 0.001) -> None:
@@ -107,11 +107,13 @@ class FakeMcu:
         self.model: Callable[[bytes], bytes] = lambda inputs: inputs[:4]
         self.mute: set[int] = set()
         """Types that are not answered."""
+        self.fails = False
+        """INFER fails, which ends a trial."""
         self.seen: list[Frame] = []
         self.most_open = 0
         self.runs = 0
         self.image = bytearray()
-        self.flashed: list[bytes] = []
+        self.flashed = []
         self._send: Callable[[bytes], None] = lambda data: None
         self._restart(hello.boot_id)
 
@@ -119,8 +121,11 @@ class FakeMcu:
         self._send = send
 
     def boot(self, cause: ResetCause = ResetCause.POWER_ON, *, say: bool = True) -> None:
-        """Reset; with `say`, HELLO goes out by itself."""
+        """Reset; with `say`, HELLO goes out by itself. A model in trial is rolled back."""
         self.hello = replace(self.hello, reset_cause=cause)
+        crash = cause in (ResetCause.WATCHDOG, ResetCause.FAULT)
+        if self.hello.trial is not None:
+            self.roll_back(Rollback.CRASH if crash else Rollback.RESET)
         self._restart(self.hello.boot_id + 1)
         if say:
             self.say(MessageType.HELLO, 0, self.hello.to_bytes())
@@ -135,8 +140,8 @@ class FakeMcu:
         self._waiting: OrderedDict[int, Infer] = OrderedDict()
         self._running: asyncio.TimerHandle | None = None
         self._remembered: OrderedDict[int, tuple[int, bytes]] = OrderedDict()
-        self._begin: ModelBegin | None = None
-        self._received: set[int] = set()
+        self._begin = None
+        self._received = set()
 
     @property
     def _us(self) -> int:
@@ -234,6 +239,12 @@ class FakeMcu:
         self._running = None
         id_, request = self._waiting.popitem(last=False)
         self.runs += 1
+        if self.fails:
+            self.refuse(id_, ErrorCode.INVOKE, "an operator gave up")
+            if self.hello.trial is not None:
+                self.roll_back(Rollback.INVOKE)
+                self.say(MessageType.HELLO, 0, self.hello.to_bytes())
+            return
         result = Result(request.model, 10, int(self.compute_s * 1e6), self.model(request.inputs))
         self.complete(id_, MessageType.RESULT, result.to_bytes())
         self._run_next()
@@ -242,64 +253,6 @@ class FakeMcu:
         if id_ in self._waiting and next(iter(self._waiting)) != id_:
             del self._waiting[id_]
             self.refuse(id_, ErrorCode.CANCELLED)
-
-    def _on_model_begin(self, id_: int, body: bytes) -> None:
-        begin = ModelBegin.from_bytes(body)
-        active = self.hello.active
-        if active is not None and begin.counter < active.counter and not begin.flags & 1:
-            self.refuse(id_, ErrorCode.DOWNGRADE, f"{begin.counter} < {active.counter}")
-            return
-        if self._begin is None or self._begin.image_sha256 != begin.image_sha256:
-            self._begin = begin
-            self.image = bytearray(begin.model_length + begin.selftest_length)
-            self._received = set()
-        self.complete(id_, MessageType.MODEL_STATUS, self._status().to_bytes())
-
-    def _on_model_chunk(self, id_: int, body: bytes) -> None:
-        chunk = ModelChunk.from_bytes(body)
-        if self._begin is None:
-            self.refuse(id_, ErrorCode.NOT_BEGUN)
-            return
-        self.image[chunk.offset : chunk.offset + len(chunk.data)] = chunk.data
-        self._received.add(chunk.offset)
-        self.complete(id_, MessageType.MODEL_STATUS, self._status().to_bytes())
-
-    def _on_model_query(self, id_: int, body: bytes) -> None:
-        self.complete(id_, MessageType.MODEL_STATUS, self._status().to_bytes())
-
-    def _on_model_commit(self, id_: int, body: bytes) -> None:
-        begin = self._begin
-        if begin is None:
-            self.refuse(id_, ErrorCode.NOT_BEGUN)
-        elif self._status().next < len(self.image):
-            self.refuse(id_, ErrorCode.INCOMPLETE)
-        elif hashlib.sha256(self.image).digest() != begin.image_sha256:
-            self.refuse(id_, ErrorCode.DIGEST)
-        else:
-            self.flashed.append(bytes(self.image))
-            slot = active_slot(begin.model_sha256)
-            self.hello = replace(self.hello, slots=(replace(slot, counter=begin.counter), EMPTY_SLOT))
-            status = replace(self._status(), slot=0, state=SlotState.ACTIVE)
-            self._begin = None
-            self.complete(id_, MessageType.MODEL_STATUS, status.to_bytes())
-
-    def _status(self) -> ModelStatus:
-        assert self._begin is not None
-        size, step = len(self.image), self._begin.chunk
-        missing = [offset for offset in range(0, size, step) if offset not in self._received]
-        following = missing[0] if missing else size
-        bits = sum(1 << (o - following) // step for o in self._received if 0 <= o - following < 256 * step)
-        received = sum(min(step, size - offset) for offset in self._received)
-        return ModelStatus(
-            1,
-            SlotState.RECEIVING,
-            step,
-            size,
-            received,
-            following,
-            bits.to_bytes(32, "little"),
-            self._begin.image_sha256,
-        )
 
 
 class Line:

@@ -9,8 +9,9 @@ import pytest
 from fakes import family_document, make_catalog
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from agent.config import LatencyThresholds, RoutingSection
+from agent.config import LaneSection, LatencyThresholds, ProducerSection, RoutingSection
 from agent.core.clock import ManualClock
 from agent.core.errors import InvalidRequest, UnknownModel
 from agent.core.types import AccuracyMode, InferenceRequest, LatencyClass
@@ -256,3 +257,33 @@ def test_any_document_is_refused_or_a_whole_request(document: Any) -> None:
     assert request.received < request.deadline <= request.received + 3600
     assert 1 <= request.priority <= 10
     assert 0 <= request.max_retries <= 16
+
+
+# --- rules of producers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "asked", "allowed"),
+    [
+        ((), [], set()),
+        ((), ["us"], {"us"}),
+        (("eu", "uk"), [], {"eu", "uk"}),
+        (("eu", "uk"), ["eu", "us"], {"eu"}),
+        (("eu",), ["us"], module.NO_REGION),
+    ],
+)
+def test_a_request_narrows_the_regions_of_its_producer_and_never_widens_them(
+    rule: tuple[str, ...], asked: list[str], allowed: set[str]
+) -> None:
+    rules = {"ward": ProducerSection(allowed_regions=rule)}
+    admission = Admission(CATALOG, RoutingSection(), CLOCK, BATCH_S, producers=rules)
+    document = {"model": "toy", "inputs": FLAT, "allowed_regions": asked}
+    assert admission.from_document(document, producer="ward").allowed_regions == allowed
+    assert admission.from_document({**document, "producer": "ward"}).allowed_regions == allowed
+    assert admission.from_document(document).allowed_regions == set(asked)
+
+
+def test_no_lane_can_have_the_name_that_stands_for_none() -> None:
+    (name,) = module.NO_REGION
+    with pytest.raises(ValidationError):
+        LaneSection(name="a", broker="mqtt://h", region=name)

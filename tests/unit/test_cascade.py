@@ -263,9 +263,33 @@ async def test_acceptable_takes_what_routing_prefers_above_the_floor(tiers: Tier
 
 async def test_acceptable_never_asks_below_the_floor(tiers: Tiers, clock: ManualClock) -> None:
     tiers.gpu.state, tiers.mcu.state, tiers.cloud.state = UNPLUGGED, AVAILABLE, UNPLUGGED
-    with pytest.raises(NoAnswer):
+    with pytest.raises(NoAnswer) as caught:
         await run(tiers, clock, floor=0.95, accuracy=AccuracyMode.ACCEPTABLE)
     assert not tiers.mcu.asked
+    assert caught.value.reasons[-1] == "not asked: small: below accuracy.floor 0.95"
+
+
+@pytest.mark.parametrize(("policy", "gain"), [("utility", 0.025), ("scorecard", 0.0)])
+async def test_a_first_stage_counts_as_right_as_the_cascade(clock: ManualClock, policy: str, gain: float) -> None:
+    tiers = Tiers(clock, policy=policy)
+    for mode, more in ((AccuracyMode.ADAPTIVE, gain), (AccuracyMode.HIGH, 0.0)):
+        decision, _ = tiers.router.decide(make_request(clock, accuracy=mode), tiers.family, clock.monotonic())
+        (judged,) = (one for one in decision.judged if one.variant == "medium")
+        assert judged.estimate.accuracy == pytest.approx(0.96 + more)
+
+
+@pytest.mark.parametrize("why", ["unplugged", "another region", "too late"])
+async def test_what_cannot_be_asked_again_counts_as_right_as_it_is(clock: ManualClock, why: str) -> None:
+    tiers = Tiers(clock)
+    changes: dict[str, Any] = {"accuracy": AccuracyMode.ADAPTIVE}
+    if why == "unplugged":
+        tiers.cloud.state = UNPLUGGED
+    elif why == "another region":
+        changes["allowed_regions"] = frozenset({"mars"})
+    request = make_request(clock, 1.0 if why == "too late" else 100.0, **changes)
+    decision, _ = tiers.router.decide(request, tiers.family, clock.monotonic())
+    (judged,) = (one for one in decision.judged if one.variant == "medium")
+    assert judged.estimate.accuracy == pytest.approx(0.96)
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------

@@ -69,6 +69,27 @@ def test_it_writes_one_line_for_each_variant_and_touches_no_other(folder: Path) 
     load_catalog(path)
 
 
+def test_line_ends_and_mode_stay_as_they_are(folder: Path) -> None:
+    path = folder / "catalog.yaml"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    path.chmod(0o640)
+    before = path.read_bytes()
+    assert calibrate(folder) == 0
+    assert path.read_bytes() == before
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_catalogue_in_another_style_is_refused_and_left_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "catalog.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()), default_flow_style=True))
+    before = path.read_bytes()
+    assert calibrate(folder) == 2
+    assert "must have a line for each key" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
 def test_check_writes_nothing_and_says_what_differs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder / "catalog.yaml"
     assert calibrate(folder, "--check") == 0

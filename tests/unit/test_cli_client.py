@@ -29,6 +29,7 @@ ANSWER: dict[str, Any] = {
     "cached": False,
     "stale": False,
     "same_input": True,
+    "escalation": "",
     "age_s": 0.0,
     "reasons": ["edge_gpu: score 110"],
 }
@@ -145,6 +146,9 @@ def test_an_earlier_answer_says_so_and_fails_where_it_must_be_fresh(
         assert shown.startswith("3  (confidence unknown: answer to an earlier input, 12 s old) STALE\n")
     assert cli.main([*command, "--fresh", "--json"]) == 3
     assert json.loads(capsys.readouterr().out) == EARLIER
+    door.reply = (200, ANSWER | {"escalation": "held"})
+    assert cli.main([*command, "--accuracy", "adaptive"]) == 0
+    assert "; no more accurate model answered)" in capsys.readouterr().out
     door.reply = (200, EARLIER | {"same_input": True, "confidence": 0.5})
     assert cli.main(command) == 0
     assert capsys.readouterr().out.startswith("3  (50.0% sure, 12 s old) STALE\n")

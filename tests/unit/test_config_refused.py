@@ -29,6 +29,8 @@ def refusal(tmp_path: Path, text: str | bytes, **environ: str) -> str:
 
 # --- refusals --------------------------------------------------------------------------------------------------------
 
+TOKEN = "security: {tokens: [{name: a, %s}]}"
+JWT = "security: {jwt: {issuer: i, audience: a, keys: [{kid: k, key_file: /none, %s}]}}"
 LANE = "cloud: {lanes: [{name: a, broker: 'mqtts://h', %s}]}"
 REFUSED = [
     ("budgets: {usd_per_day: -1}", "budgets.usd_per_day: must be at least 0, found '-1'"),
@@ -111,7 +113,36 @@ REFUSED = [
     ("mqtt: {ca_file: ca.pem}", "mqtt: ca_file, cert_file and key_file need an mqtts:// broker"),
     ("mqtt: {cert_file: c, key_file: k}", "mqtt: ca_file, cert_file and key_file need an mqtts:// broker"),
     ("fallback: {stale_ttl: 10}", "fallback: stale_ttl must be at least cache_ttl"),
-    ("http: {host: 0.0.0.0}", "http: host '0.0.0.0' is not loopback: set allow_remote: true if that is meant"),
+    (
+        "http: {host: 0.0.0.0}",
+        "http: host '0.0.0.0' is not loopback: give tls, or allow_plaintext: true if that is meant",
+    ),
+    (
+        "http: {host: 0.0.0.0, allow_plaintext: true}",
+        "(whole file): http.host '0.0.0.0' is not loopback: give security.tokens or security.jwt",
+    ),
+    ("http: {tls: {cert_file: /none.crt, key_file: /none.key}}", "http.tls.cert_file: cannot be read: no such file"),
+    (TOKEN % "sha256: abc, roles: [read]", "security.tokens.0.sha256: "),
+    (TOKEN % f"sha256: {'a' * 64}, roles: []", "security.tokens.0.roles: must have at least 1 item"),
+    (TOKEN % f"sha256: {'a' * 64}, roles: [root]", "security.tokens.0.roles.0: must be 'read', 'infer' or 'admin'"),
+    (TOKEN % f"sha256: {'a' * 64}, expires: soon, roles: [read]", "security.tokens.0.expires: "),
+    (TOKEN % f"sha256: {'a' * 64}, token: ea_x, roles: [read]", "security.tokens.0.token: unknown key"),
+    ("security: {jwt: {issuer: i, audience: a, keys: []}}", "security.jwt.keys: must have at least 1 item"),
+    (JWT % "algorithm: none", "security.jwt.keys.0.algorithm: must be 'EdDSA', 'ES256', 'RS256' or 'HS256'"),
+    (JWT % "algorithm: HS256", "security.jwt.keys.0.key_file: cannot be read: no such file"),
+    (
+        "security: {jwt: {issuer: i, audience: a, max_lifetime_s: 3600, keys: []}}",
+        "security.jwt.max_lifetime_s: must be at most 900",
+    ),
+    (
+        "security: {audit: {rules: {producer: pseudonym}}}",
+        "security.audit: a rule says pseudonym: key_file is required",
+    ),
+    ("security: {audit: {rules: {payload: keep}}}", "security.audit.rules.payload"),
+    ("security: {audit: {dir: audit}}", "security.audit: dir must be absolute"),
+    ("producers: {'a b': {}}", "producers.a b"),
+    ("producers: {a: {allowed_regions: ['']}}", "producers.a.allowed_regions.0: must be 1 to 64 letters"),
+    ("sensors: {'+/+/+/+/+': {model: m}}", "among the daemon's own topics"),
     ("http: {port: 65536}", "http.port: must be at most 65535, found '65536'"),
     ("http: {enabled: false}\nmqtt: {enabled: false}", "(whole file): no door is open: enable http or mqtt"),
     (

@@ -44,6 +44,7 @@ class Rig:
         self.asked: list[InferenceRequest] = []
         self.behave: Callable[[InferenceRequest], None] = lambda request: None
         self.stale = False
+        self.rules: dict[str, frozenset[str]] = {}
         self.asker = Asker(
             self.outbox,
             self._infer,
@@ -51,6 +52,7 @@ class Rig:
             SETTINGS,
             self.clock,
             uplink_topic=lambda request: "up/gw" if request.uplink else None,
+            regions=lambda producer, asked: self.rules.get(producer, asked),
         )
         self.outbox.stored = self._stored
 
@@ -68,7 +70,7 @@ class Rig:
 
     def request(self, name: str, producer: str = "p", **options: Any) -> InferenceRequest:
         document = {"inputs": [1, 2, 3, 4], "request_id": name, "delivery": "durable", **options}
-        return self.admission.from_document(document, model="toy", producer=producer)
+        return self.admission.from_document(document, model="toy", producer=producer, asked_by="service:mes")
 
     async def accept(self, request: InferenceRequest, sensor: str | None = None) -> None:
         await put(self.outbox, [request_item(request, Return("back", b"c", sensor), None, repeat=True)])
@@ -120,6 +122,17 @@ async def test_in_order_for_each_producer_and_again_until_it_works(rig: Rig) -> 
     rig.asker.nudge()
     await until(lambda: len(rig.results()) == 10)
     assert [answer["request_id"] for answer in rig.results()[5:]] == [f"b{number}" for number in range(5)]
+
+
+async def test_regions_are_those_of_today_when_it_is_asked(rig: Rig) -> None:
+    """A producer's rule may have become stricter since its request was stored."""
+    rig.rules["ruled"] = frozenset({"eu"})
+    await rig.accept(rig.request("a", "ruled", allowed_regions=["eu", "us"]))
+    await rig.accept(rig.request("b", "free", allowed_regions=["eu", "us"]))
+    await until(lambda: len(rig.results()) == 2)
+    regions = {asked.producer: asked.allowed_regions for asked in rig.asked}
+    assert regions == {"ruled": {"eu"}, "free": {"eu", "us"}}
+    assert {asked.asked_by for asked in rig.asked} == {"service:mes"}
 
 
 async def test_a_stale_answer_is_none(rig: Rig) -> None:

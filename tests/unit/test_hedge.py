@@ -230,6 +230,18 @@ async def test_a_probe_of_a_breaker_that_was_cancelled_lets_the_next_one_through
     assert breaker.allows(pair.clock.monotonic())
 
 
+@virtual
+async def test_the_time_that_an_attempt_may_take_counts_from_its_own_beginning(family: Family) -> None:
+    pair = Pair(takes(P95_S + 0.002), takes(0.001))
+    routed = await pair.run(family, timeout_ms=9.4)
+    assert outcomes(routed.attempts) == [("edge_mcu", "cancelled"), ("edge_gpu", "ok")]
+    assert pair.second.asked[0][2] == pytest.approx(0.0095)
+    pair = Pair(hangs, takes(0.001), timeout_s=0.0021)
+    begun = pair.clock.monotonic()
+    await pair.run(family)
+    assert pair.second.asked[0][2] - begun == pytest.approx(P95_S + 0.0021)
+
+
 # --- what it costs ---------------------------------------------------------------------------------------------------
 
 

@@ -150,6 +150,27 @@ async def test_raw_request_with_options(rig: Rig) -> None:
     assert (asked.priority, asked.use_cache, asked.allowed_regions) == (9, False, {"eu", "us"})
 
 
+async def test_the_producer_in_the_topic_is_who_asks(rig: Rig) -> None:
+    for document in ({}, {"producer": "line-1"}):
+        reply = await rig.ask({"inputs": [1, 2, 3, 4], **document}, model="toy/line-1")
+        assert reply["label"] == "yes"
+    assert {(asked.producer, asked.asked_by) for asked in rig.core.asked} == {("line-1", "mqtt:line-1")}
+    refused = await rig.ask({"inputs": [1, 2, 3, 4], "producer": "line-2"}, model="toy/line-1")
+    assert (refused["error"]["code"], refused["error"]["field"]) == ("forbidden", "producer")
+    refused = await rig.ask(b"", "application/octet-stream", ("producer", "line-2"), model="toy/line-1")
+    assert refused["error"]["code"] == "forbidden"
+    refused = await rig.ask({"inputs": [1, 2, 3, 4]}, model=f"toy/{'x' * 129}")
+    assert (refused["error"]["code"], refused["error"]["field"]) == ("invalid_request", "producer")
+    assert len(rig.core.asked) == 2
+
+
+async def test_on_the_shared_topic_a_request_says_who_asks(rig: Rig) -> None:
+    await rig.ask({"inputs": [1, 2, 3, 4], "producer": "line-1"})
+    await rig.ask({"inputs": [1, 2, 3, 4]})
+    asked = [(request.producer, request.asked_by) for request in rig.core.asked]
+    assert asked == [("line-1", "mqtt"), ("anonymous", "mqtt")]
+
+
 async def test_without_a_response_topic_the_result_is_published(rig: Rig) -> None:
     rig.client.publish("edge/gw/infer/toy", b'{"inputs": [1, 2, 3, 4]}')
     await until(lambda: rig.results, what="the result")

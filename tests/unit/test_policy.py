@@ -194,6 +194,16 @@ def test_nobody_pays_or_takes_worse_answers_for_not_changing() -> None:
     assert order(ask(question(NEAR, previous=before), later(a, accuracy=0.9785), b))[0] == "b/fp16"
 
 
+def test_what_was_chosen_last_gives_way_to_one_that_is_far_sooner() -> None:
+    """In time is all that utility asks; a board that takes 10 ms is not kept where the gateway takes 1."""
+    fast = later(replace(GPU, target="a"), p50_s=0.001, p95_s=0.002)
+    before = Play("b", "fp16")
+    slow = later(replace(GPU, target="b"), p50_s=0.0021, p95_s=0.003)
+    assert order(ask(question(NEAR, previous=before), fast, slow))[0] == "a/fp16"
+    twice = later(replace(GPU, target="b"), p50_s=0.002, p95_s=0.003)
+    assert order(ask(question(NEAR, previous=before), fast, twice))[0] == "b/fp16"
+
+
 def test_what_was_chosen_last_gives_way_to_a_better_group() -> None:
     before = Play("gpu", "fp16")
     assert order(ask(question(NEAR, previous=before), LATE, MCU))[0] == "mcu/int8"

@@ -4,6 +4,7 @@ Time is a clock moved by the targets, except where a target hangs: what cuts tha
 """
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,11 +23,11 @@ from fakes import (
 
 from agent.config import RoutingSection
 from agent.core.clock import ManualClock, SystemClock
-from agent.core.errors import TargetBusy, TargetFailed, TargetUnavailable
-from agent.core.types import InferenceRequest, LatencyClass, TargetAnswer, Tier
+from agent.core.errors import TargetBusy, TargetFailed, TargetTimeout, TargetUnavailable
+from agent.core.types import AccuracyMode, InferenceRequest, LatencyClass, TargetAnswer, Tier
 from agent.registry.catalog import Family, Variant
 from agent.routing.attempt import GRACE_S
-from agent.routing.router import Router
+from agent.routing.router import NoAnswer, Router
 from agent.routing.walk import MARGIN_S, RESERVE_FACTOR, RESERVE_SHARE
 
 SETTINGS = RoutingSection(policy="scorecard")
@@ -231,6 +232,25 @@ async def test_one_that_would_take_too_long_by_now_is_skipped(
     assert "edge_mcu: skipped: would take 5.0 ms, 2.5 ms are left for it" in error.reasons
 
 
+async def test_two_lanes_over_one_dead_link_leave_the_edge_its_time(family: Family, clock: ManualClock) -> None:
+    """The second lane was slow for others as well: it waits until who is sure to be in time has failed too."""
+    gpu, first, second = FakeTarget(GPU), FakeTarget(CLOUD), FakeTarget(SERVERLESS, cost_usd=0.001)
+    router = Router(
+        [gpu, first, second],
+        RoutingSection(hedge_classes=()),
+        clock,
+        accuracy_of=lambda variant: 0.99 if variant.id == "large" else 0.9,
+    )
+    first.behaviour = second.behaviour = after(clock, 1.8, raises(TargetTimeout("no reply")))
+    asked: dict[str, Any] = {"latency_class": LatencyClass.BATCH, "accuracy": AccuracyMode.HIGH}
+    with pytest.raises(NoAnswer):
+        only = make_request(clock, 2000, **asked)
+        await router.run(only, family, among=lambda traits, _: traits.name == second.traits.name)
+    routed = await router.run(make_request(clock, 2000, **asked), family)
+    assert outcomes(routed.attempts) == [("cloud_gpu", "timeout"), ("edge_gpu", "ok")]
+    assert any(reason.startswith("cloud_serverless: put off") for reason in routed.reasons)
+
+
 async def test_a_deadline_that_nobody_can_meet_is_late_at_once(
     router: Router, fleet: dict[str, FakeTarget], family: Family, clock: ManualClock
 ) -> None:
@@ -278,3 +298,15 @@ async def test_status_tells_what_routing_knows(
     assert status["edge_gpu"]["breaker"] == {"state": "closed", "failures": 0, "retry_in_s": 0.0}
     assert status["edge_gpu"]["detail"] == {"asked": 1}
     assert router.available()
+
+
+async def test_a_tier_that_gave_the_answer_to_improve_on_is_not_asked_again(
+    router: Router, fleet: dict[str, FakeTarget], family: Family, clock: ManualClock
+) -> None:
+    for target in fleet.values():
+        target.behaviour = raises(TargetFailed("down"))
+    request = replace(make_request(clock), avoid=frozenset({MCU}))
+    with pytest.raises(NoAnswer) as failed:
+        await router.run(request, family)
+    assert fleet["edge_mcu"].asked == []
+    assert {attempt.target for attempt in failed.value.attempts} == {"edge_gpu", "cloud_gpu", "cloud_serverless"}

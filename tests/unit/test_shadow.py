@@ -153,6 +153,7 @@ async def test_a_sample_makes_way_for_a_request(rig: Rig) -> None:
     await rig.shadow.make_way(LatencyClass.NEAR)
     assert rig.tiers.cloud.running == 3
     assert rig.count["gave_way"] == 1
+    assert rig.shadow.cost_usd == pytest.approx(0.001)
     async with asyncio.timeout(PATIENCE_S):
         await working
     for task in real:

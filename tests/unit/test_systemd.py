@@ -122,15 +122,18 @@ def test_the_examples_in_the_configuration_are_right() -> None:
     """What a user gets who takes the comment signs away."""
     lines = []
     for line in (SYSTEMD / "edge-agent.yaml").read_text().splitlines():
-        if re.match(r"^ *(lanes|sensors|ports): (\[\]|\{\})", line):
+        if re.match(r"^ *(lanes|sensors|ports|tokens|jwt|tls|producers): (\[\]|\{\}|null)", line):
             continue
-        lines.append(re.sub(r"^( *)# ( *(?:- )?[a-z_/+\"]+:.*)$", r"\1\2", line))
+        lines.append(re.sub(r"^( *)# ( *(?:- \{.*|(?:- )?[a-z0-9_/+\"-]+:.*))$", r"\1\2", line))
     tree = yaml.safe_load("\n".join(lines))
     config = Config.model_validate(_without_references(tree))
     assert [lane.name for lane in config.cloud.lanes] == ["eu-west"]
     assert config.edge_mcu.ports == ("/dev/edge-mcu0", "/dev/edge-mcu1")
     assert config.gateway.id == "press-line-07"
     assert [sensor.model for sensor in config.sensors.values()] == ["motion"]
+    assert config.security.jwt is not None
+    assert config.http.tls is not None
+    assert config.producers["ward-3"].allowed_regions == ("eu-west-1",)
 
 
 def _without_references(node: Any) -> Any:
@@ -138,7 +141,11 @@ def _without_references(node: Any) -> Any:
         return {key: _without_references(value) for key, value in node.items()}
     if isinstance(node, list):
         return [_without_references(value) for value in node]
-    return node.replace("${credential:", "").replace("}", "") if isinstance(node, str) else node
+    return (
+        node.replace("${credential:", "").replace("${CREDENTIALS_DIRECTORY", "").replace("}", "")
+        if isinstance(node, str)
+        else node
+    )
 
 
 @pytest.mark.parametrize("name", ["edge-agent.env", "worker.env"])

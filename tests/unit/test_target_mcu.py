@@ -25,6 +25,7 @@ from agent.core.errors import (
 from agent.core.types import InferenceRequest, LatencyClass
 from agent.registry.catalog import Catalog, Family, Variant
 from agent.targets.mcu import McuTarget
+from agent.targets.mcu_board import SYNC_PINGS
 from agent.wire.codes import Capability, MessageType
 
 OTHER_SHA256 = bytes(range(32))
@@ -322,7 +323,7 @@ async def test_a_defect_in_the_supervision_is_told(caplog: pytest.LogCaptureFixt
 
 
 @virtual_time
-async def test_an_idle_line_is_pinged_and_a_busy_one_is_not() -> None:
+async def test_a_line_is_pinged_whether_idle_or_busy() -> None:
     mcu = FakeMcu()
     bench = Bench({"/dev/a": mcu}, health_check_interval=2)
     target = await bench.started()
@@ -330,13 +331,30 @@ async def test_an_idle_line_is_pinged_and_a_busy_one_is_not() -> None:
     def pings() -> int:
         return sum(frame.type == MessageType.PING for frame in mcu.seen)
 
+    await asyncio.sleep(0.5)
+    first = pings()
+    assert first == SYNC_PINGS
     await asyncio.sleep(10)
+    assert 4 <= pings() - first <= 6
     idle = pings()
-    assert 4 <= idle <= 6
     for _ in range(20):
         await bench.ask()
         await asyncio.sleep(0.5)
-    assert pings() <= idle + 1
+    assert 4 <= pings() - idle <= 6
+    await target.stop()
+
+
+@virtual_time
+async def test_pings_that_a_busy_board_leaves_out_do_not_end_its_line() -> None:
+    mcu = FakeMcu()
+    bench = Bench({"/dev/a": mcu}, health_check_interval=2)
+    target = await bench.started()
+    await asyncio.sleep(1)
+    mcu.mute = {MessageType.PING}
+    for _ in range(100):
+        await bench.ask()
+        await asyncio.sleep(0.2)
+    assert target.status()["ports"][0]["connects"] == 1
     await target.stop()
 
 

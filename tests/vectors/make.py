@@ -6,7 +6,6 @@ after a change of the protocol; `--check` compares instead of writing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 import sys
@@ -14,7 +13,9 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import streaming
 from cobs import cobs
+from updates import SHA_A, SHA_B, UPDATE_ENCODE, UPDATE_MESSAGES, pattern
 
 TARGET = Path(__file__).with_name("frames.json")
 
@@ -29,6 +30,8 @@ TYPES = {
     "MODEL_COMMIT": 0x12,
     "MODEL_ABORT": 0x13,
     "MODEL_QUERY": 0x14,
+    "MODEL_CONFIRM": 0x15,
+    "MODEL_ROLLBACK": 0x16,
     "STATS_REQ": 0x20,
     "HELLO": 0x81,
     "PONG": 0x82,
@@ -37,7 +40,7 @@ TYPES = {
     "STATS": 0xA0,
     "LOG": 0xA1,
     "ERROR": 0xFF,
-}
+} | streaming.TYPES
 FRAGMENT, RETRY = 1, 2
 
 ABOUT = [
@@ -47,18 +50,14 @@ ABOUT = [
     "messages: a body and its fields, both ways. Field names are those of the protocol page. Byte fields (hashes,",
     "  tensors, data, bitmap, signature) are hex strings; text is text; operators is a list of numbers; slots is a",
     "  list of objects; STATS has one field 'values', a list of [id, value]. 'FRAGMENT' is the payload of a frame with",
-    "  the FRAGMENT flag. MODEL_BEGIN has a 'signature' (hex) only if signature_kind is 1.",
+    "  the FRAGMENT flag. MODEL_BEGIN has a 'signature' (hex) only if signature_kind is 1, and 'board'",
+    "  (text) and 'operators' (a list of codes) only in format 2. HELLO has 'rollback' and 'trial_s' from minor 1 on.",
     "grown: bodies of a later minor version. They parse to the fields; the bytes behind are ignored. Not for encoding.",
     "short: bodies that are too short for their type: a parser refuses them (BAD_LENGTH).",
     "streams: bytes on the line and what a decoder with max_frame yields, in order: a frame's name, or an error.",
     "  decode: COBS is broken. short: under 12 decoded bytes. crc: wrong CRC. oversize: over max_frame decoded bytes,",
     "  one error however long it is. An unfinished frame at the end yields nothing.",
 ]
-
-
-def pattern(length: int, seed: int = 0) -> bytes:
-    """Bytes with zeros and long runs without any, so that every kind of COBS group occurs."""
-    return bytes((i * 7 + seed) % 251 for i in range(length))
 
 
 def decoded(type_: int, flags: int, seq: int, id_: int, payload: bytes) -> bytes:
@@ -85,10 +84,6 @@ def jsonable(value: Any) -> Any:
     return value
 
 
-SHA_A = hashlib.sha256(b"model a").digest()
-SHA_B = hashlib.sha256(b"model b").digest()
-SHA_IMAGE = hashlib.sha256(b"image a").digest()
-
 SLOT_FIELDS = ("index", "state", "length", "sha256", "counter", "input_bytes", "output_bytes", "arena_used")
 
 
@@ -103,19 +98,9 @@ def hello(fields: dict[str, Any]) -> bytes:
     body += bytes([len(f["operators"])]) + bytes(f["operators"]) + bytes([len(f["slots"])])
     for slot in f["slots"]:
         body += struct.pack("<BBI32sIIII", *(slot[k] for k in SLOT_FIELDS))
+    if f["minor"] >= 1:
+        body += struct.pack("<BH", f["rollback"], f["trial_s"])
     return body
-
-
-def model_begin(fields: dict[str, Any]) -> bytes:
-    names = ("format", "flags", "chunk", "model_length", "selftest_length", "counter", "arena", "selftest_tolerance")
-    body = struct.pack("<BBHIIIIB", *(fields[k] for k in names))
-    body += fields["model_sha256"] + fields["image_sha256"] + bytes([fields["signature_kind"]])
-    return body + fields.get("signature", b"")
-
-
-def model_status(fields: dict[str, Any]) -> bytes:
-    names = ("slot", "state", "chunk", "length", "received", "next", "bitmap", "image_sha256")
-    return struct.pack("<BBHIII32s32s", *(fields[k] for k in names))
 
 
 def stats(fields: dict[str, Any]) -> bytes:
@@ -123,27 +108,25 @@ def stats(fields: dict[str, Any]) -> bytes:
     return bytes([len(values)]) + b"".join(struct.pack("<BQ", i, v) for i, v in values)
 
 
-ENCODE: dict[str, Any] = {
-    "HELLO_REQ": lambda f: struct.pack("<BBH", f["major"], f["minor"], f["max_frame"]),
-    "HELLO": hello,
-    "PING": lambda f: f["data"],
-    "PONG": lambda f: struct.pack("<QQ", f["t_rx"], f["t_tx"]) + f["data"],
-    "INFER": lambda f: f["model"] + struct.pack("<I", f["budget_ms"]) + f["inputs"],
-    "RESULT": lambda f: f["model"] + struct.pack("<II", f["queue_us"], f["compute_us"]) + f["outputs"],
-    "CANCEL": lambda f: b"",
-    "RESET": lambda f: b"",
-    "MODEL_BEGIN": model_begin,
-    "MODEL_CHUNK": lambda f: struct.pack("<I", f["offset"]) + f["data"],
-    "MODEL_COMMIT": lambda f: b"",
-    "MODEL_ABORT": lambda f: b"",
-    "MODEL_QUERY": lambda f: b"",
-    "MODEL_STATUS": model_status,
-    "STATS_REQ": lambda f: b"",
-    "STATS": stats,
-    "LOG": lambda f: bytes([f["level"]]) + f["text"].encode(),
-    "ERROR": lambda f: struct.pack("<H", f["code"]) + f["text"].encode(),
-    "FRAGMENT": lambda f: struct.pack("<II", f["total"], f["offset"]) + f["data"],
-}
+ENCODE: dict[str, Any] = (
+    UPDATE_ENCODE
+    | {
+        "HELLO_REQ": lambda f: struct.pack("<BBH", f["major"], f["minor"], f["max_frame"]),
+        "HELLO": hello,
+        "PING": lambda f: f["data"],
+        "PONG": lambda f: struct.pack("<QQ", f["t_rx"], f["t_tx"]) + f["data"],
+        "INFER": lambda f: f["model"] + struct.pack("<I", f["budget_ms"]) + f["inputs"],
+        "RESULT": lambda f: f["model"] + struct.pack("<II", f["queue_us"], f["compute_us"]) + f["outputs"],
+        "CANCEL": lambda f: b"",
+        "RESET": lambda f: b"",
+        "STATS_REQ": lambda f: b"",
+        "STATS": stats,
+        "LOG": lambda f: bytes([f["level"]]) + f["text"].encode(),
+        "ERROR": lambda f: struct.pack("<H", f["code"]) + f["text"].encode(),
+        "FRAGMENT": lambda f: struct.pack("<II", f["total"], f["offset"]) + f["data"],
+    }
+    | streaming.ENCODE
+)
 
 EMPTY_SLOT = dict.fromkeys(SLOT_FIELDS, 0) | {"index": 1, "sha256": bytes(32)}
 ACTIVE_SLOT = {
@@ -174,30 +157,6 @@ HELLO_FULL = {
     "operators": [0, 3, 4, 9, 25, 114],
     "slots": [ACTIVE_SLOT, EMPTY_SLOT],
 }
-BEGIN = {
-    "format": 1,
-    "flags": 0,
-    "chunk": 1072,
-    "model_length": 20480,
-    "selftest_length": 74,
-    "counter": 8,
-    "arena": 9216,
-    "selftest_tolerance": 1,
-    "model_sha256": SHA_B,
-    "image_sha256": SHA_IMAGE,
-    "signature_kind": 0,
-}
-STATUS = {
-    "slot": 1,
-    "state": 1,
-    "chunk": 1072,
-    "length": 20554,
-    "received": 3216,
-    "next": 2144,
-    "bitmap": bytes([0b10]) + bytes(31),
-    "image_sha256": SHA_IMAGE,
-}
-
 MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
     ("hello_req", "HELLO_REQ", {"major": 1, "minor": 0, "max_frame": 4096}),
     ("hello_full", "HELLO", HELLO_FULL),
@@ -206,6 +165,20 @@ MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
         "HELLO",
         HELLO_FULL
         | {"board": "", "build": "", "engine": "none", "operators": [], "slots": [], "capabilities": 0, "uid": 0},
+    ),
+    (
+        "hello_trial",
+        "HELLO",
+        HELLO_FULL
+        | {"minor": 1, "rollback": 0, "trial_s": 300}
+        | {"slots": [ACTIVE_SLOT | {"state": 3}, EMPTY_SLOT | {"state": 2, "length": 9, "sha256": SHA_B}]},
+    ),
+    (
+        "hello_rolled_back",
+        "HELLO",
+        HELLO_FULL
+        | {"minor": 1, "rollback": 2, "trial_s": 300}
+        | {"slots": [ACTIVE_SLOT, EMPTY_SLOT | {"state": 5, "length": 9, "sha256": SHA_B}]},
     ),
     ("hello_utf8", "HELLO", HELLO_FULL | {"board": "prüfstand-β"}),
     ("ping_empty", "PING", {"data": b""}),
@@ -218,18 +191,7 @@ MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
     ("result", "RESULT", {"model": SHA_A[:8], "queue_us": 120, "compute_us": 4800, "outputs": bytes(range(246, 256))}),
     ("cancel", "CANCEL", {}),
     ("reset", "RESET", {}),
-    ("model_begin_unsigned", "MODEL_BEGIN", BEGIN),
-    ("model_begin_signed", "MODEL_BEGIN", BEGIN | {"flags": 1, "signature_kind": 1, "signature": pattern(64, 3)}),
-    ("model_chunk", "MODEL_CHUNK", {"offset": 2144, "data": pattern(1072, 9)}),
-    ("model_commit", "MODEL_COMMIT", {}),
-    ("model_abort", "MODEL_ABORT", {}),
-    ("model_query", "MODEL_QUERY", {}),
-    ("model_status", "MODEL_STATUS", STATUS),
-    (
-        "model_status_none",
-        "MODEL_STATUS",
-        dict.fromkeys(STATUS, 0) | {"slot": 0xFF, "bitmap": bytes(32), "image_sha256": bytes(32)},
-    ),
+    *UPDATE_MESSAGES,
     ("stats_req", "STATS_REQ", {}),
     ("stats", "STATS", {"values": [[1, 123_456_789_012], [2, 10], [200, 0xFFFFFFFFFFFFFFFF]]}),
     ("stats_empty", "STATS", {"values": []}),
@@ -238,6 +200,7 @@ MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
     ("error_text", "ERROR", {"code": 19, "text": "tensor 3: größer als der Puffer"}),
     ("error_bare", "ERROR", {"code": 5, "text": ""}),
     ("fragment", "FRAGMENT", {"total": 2000, "offset": 236, "data": pattern(236, 1)}),
+    *streaming.MESSAGES,
 ]
 
 
@@ -288,7 +251,17 @@ def build() -> dict[str, Any]:
     add_frame("one_full_cobs_group", TYPES["PING"], 3, 0x0101, full_id, full_payload)
 
     grown = []
-    for name in ("hello_req", "hello_full", "model_begin_signed", "model_status", "stats", "cancel"):
+    for name in (
+        "hello_req",
+        "hello_trial",
+        "model_begin_signed",
+        "model_begin_format_2",
+        "model_confirm",
+        "model_status",
+        "stats",
+        "cancel",
+        *streaming.GROWN,
+    ):
         fields = next(f for n, _, f in MESSAGES if n == name)
         type_name, body = bodies[name]
         grown.append(
@@ -308,9 +281,12 @@ def build() -> dict[str, Any]:
         "infer_no_inputs",
         "model_begin_unsigned",
         "model_begin_signed",
+        "model_begin_format_2",
+        "model_confirm",
         "model_status",
         "stats",
         "error_bare",
+        *streaming.SHORT,
     ):
         type_name, body = bodies[name]
         cuts = sorted({0, 1, len(body) // 2, len(body) - 1})

@@ -87,6 +87,13 @@ ResetCause reset_cause() {
   }
 }
 
+const char* crash_report() { return nullptr; }  // the chip prints a backtrace to its console instead
+
+// ESP-IDF counts in bytes what was never used.
+uint32_t stack_high_water() {
+  return static_cast<uint32_t>(getArduinoLoopTaskStackSize() - uxTaskGetStackHighWaterMark(nullptr));
+}
+
 uint64_t random64() { return static_cast<uint64_t>(esp_random()) << 32 | esp_random(); }
 
 uint64_t unique_id() { return ESP.getEfuseMac(); }

@@ -7,6 +7,7 @@
 #include "boards/arduino/verify.h"
 #include "core/session.h"
 #include "engine/engine.h"
+#include "hal/synthetic.h"
 
 // The line to the gateway: the board's own USB, or a UART, for example -DEDGE_SERIAL=Serial1.
 #ifndef EDGE_SERIAL
@@ -19,6 +20,20 @@
 // Bytes that wait in the driver while a request is computed, where the core lets its user choose.
 #ifndef EDGE_UART_RING
 #define EDGE_UART_RING 8192
+#endif
+
+// A board with sensors of its own: -DEDGE_SOURCES=<how many>, and this function in a file beside this one. It
+// gives the next reading as the model's input tensors, `size` bytes in the model's own type and scale; false
+// if there is none. With -DEDGE_SYNTHETIC_SOURCE a pattern stands for a sensor.
+#if defined(EDGE_SYNTHETIC_SOURCE)
+#define EDGE_SOURCES 1
+static bool edge_sample(uint8_t, uint8_t* out, size_t size) {
+  static edge::SyntheticSource source;
+  source.sample(out, size);
+  return true;
+}
+#elif defined(EDGE_SOURCES)
+bool edge_sample(uint8_t source, uint8_t* out, size_t size);
 #endif
 
 namespace {
@@ -70,6 +85,15 @@ class ArduinoHal final : public edge::Hal {
     EDGE_SERIAL.flush();
     edge::port::reset();
   }
+  const char* crash_report() override { return edge::port::crash_report(); }
+  const edge::HalCounters* counters() override {
+    counters_.stack_high_water = edge::port::stack_high_water();
+    return &counters_;
+  }
+#ifdef EDGE_SOURCES
+  uint8_t sources() override { return EDGE_SOURCES; }
+  bool sample(uint8_t source, uint8_t* out, size_t size) override { return edge_sample(source, out, size); }
+#endif
 
  private:
   static bool inside(uint32_t offset, size_t size) {
@@ -77,6 +101,7 @@ class ArduinoHal final : public edge::Hal {
     return offset <= all && size <= all - offset;
   }
 
+  edge::HalCounters counters_;  // the cores do not tell what their drivers lost
   uint32_t last_ = 0;
   uint64_t wraps_ = 0;
 };

@@ -56,6 +56,10 @@ void watchdog_kick() { mbed::Watchdog::get_instance().kick(); }
 
 ResetCause reset_cause() { return cause; }
 
+const char* crash_report() { return nullptr; }  // Mbed prints it to a UART that the board does not lead out
+
+uint32_t stack_high_water() { return 0; }  // Mbed's threads are not painted
+
 uint64_t random64() {
   uint64_t value = 0;
   NRF_RNG->TASKS_START = 1;

@@ -24,6 +24,10 @@ void watchdog_start();  // about 8 s
 void watchdog_kick();
 
 ResetCause reset_cause();
+// One line on the fault that led to this boot; null if there was none, or the chip keeps nothing of it.
+const char* crash_report();
+// Bytes of the stack that the main loop runs on, at its deepest; 0 if that cannot be told.
+uint32_t stack_high_water();
 uint64_t random64();
 uint64_t unique_id();
 void reset();

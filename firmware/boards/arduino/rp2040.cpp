@@ -7,18 +7,28 @@
 #include <hardware/watchdog.h>
 #include <pico/unique_id.h>
 
+#include <cstdio>
 #include <cstring>
 
 #include "boards/arduino/port.h"
+#include "boards/arduino/stack.h"
 
 // Of the linker script; board_build.filesystem_size sets the distance.
 extern "C" uint8_t _FS_start;
 extern "C" uint8_t _FS_end;
+// Of the first core's stack, whose lowest words are guarded.
+extern "C" uint32_t __StackBottom[], __StackTop[];
 
 namespace edge::port {
 namespace {
 
 constexpr uint32_t kWatchdogMs = 8000;  // 8.3 s is all that the chip has
+constexpr size_t kGuardWords = 16;
+
+// Three of the watchdog's registers that outlive a reset, and that nobody else uses: mark, pc, lr.
+constexpr uint32_t kFaultMark = 0x45444746;
+PaintedStack stack;
+char report[48];
 
 uint32_t flash_offset(uint32_t offset) {
   return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(&_FS_start)) - XIP_BASE + offset;
@@ -41,7 +51,16 @@ class Alone {
 
 const char* name() { return "rp2040"; }
 
-bool begin() { return flash_geometry().size > 0; }
+bool begin() {
+  stack.paint(__StackBottom + kGuardWords, __StackTop);
+  if (watchdog_hw->scratch[0] == kFaultMark) {
+    snprintf(report, sizeof report, "fault: pc 0x%08lx lr 0x%08lx",
+             static_cast<unsigned long>(watchdog_hw->scratch[1]),
+             static_cast<unsigned long>(watchdog_hw->scratch[2]));
+    watchdog_hw->scratch[0] = 0;
+  }
+  return flash_geometry().size > 0;
+}
 
 FlashGeometry flash_geometry() {
   return {static_cast<uint32_t>(&_FS_end - &_FS_start), FLASH_SECTOR_SIZE, 16};
@@ -79,6 +98,7 @@ void watchdog_start() { watchdog_enable(kWatchdogMs, true); }
 void watchdog_kick() { watchdog_update(); }
 
 ResetCause reset_cause() {
+  if (report[0] != '\0') return ResetCause::kFault;
   switch (rp2040.getResetReason()) {
     case RP2040::PWRON_RESET:
       return ResetCause::kPowerOn;
@@ -95,6 +115,10 @@ ResetCause reset_cause() {
   }
 }
 
+const char* crash_report() { return report[0] != '\0' ? report : nullptr; }
+
+uint32_t stack_high_water() { return stack.high_water(); }
+
 uint64_t random64() { return static_cast<uint64_t>(rp2040.hwrand32()) << 32 | rp2040.hwrand32(); }
 
 uint64_t unique_id() {
@@ -109,5 +133,22 @@ uint64_t unique_id() {
 void reset() { rp2040.reboot(); }
 
 }  // namespace edge::port
+
+// `frame`: r0-r3, r12, lr, pc, xpsr, as the core stacked them.
+extern "C" void edge_fault(const uint32_t* frame) {
+  watchdog_hw->scratch[0] = edge::port::kFaultMark;
+  watchdog_hw->scratch[1] = frame[6];
+  watchdog_hw->scratch[2] = frame[5];
+  watchdog_reboot(0, 0, 1);
+  for (;;) {
+  }
+}
+
+extern "C" __attribute__((naked)) void isr_hardfault() {
+  __asm volatile(
+      "mrs r0, msp\n"
+      "ldr r1, =edge_fault\n"
+      "bx r1\n");
+}
 
 #endif

@@ -4,13 +4,18 @@
 #include <Arduino.h>
 #include <Entropy.h>
 
+#include <cstdio>
+
 #include "boards/arduino/port.h"
+#include "boards/arduino/stack.h"
 
 // Of the core's eeprom.c: what its file system in program flash is made of.
 extern "C" void eepromemu_flash_write(void* address, const void* data, uint32_t size);
 extern "C" void eepromemu_flash_erase_sector(void* address);
 // Of the linker script: bytes of flash that the program takes.
 extern "C" unsigned long _flashimagelen;
+// The stack grows down towards the variables; the words above them are guarded.
+extern "C" unsigned long _ebss, _estack;
 
 namespace edge::port {
 namespace {
@@ -20,6 +25,16 @@ constexpr uint32_t kEeprom = 0x607C0000;
 constexpr uint32_t kStoreSize = 1024 * 1024;
 constexpr uint32_t kStore = kEeprom - kStoreSize;
 
+constexpr size_t kGuardWords = 16;
+
+// What the core's fault handler leaves in RAM that outlives a reset (its CrashReport.cpp).
+struct FaultRecord {
+  uint32_t len, ipsr, cfsr, hfsr, mmfar, bfar, ret;
+};
+constexpr uintptr_t kFaultRecord = 0x2027FF80;
+
+PaintedStack stack;
+char report[64];
 ResetCause cause = ResetCause::kUnknown;
 bool room = false;
 
@@ -40,7 +55,16 @@ ResetCause read_cause() {
 const char* name() { return "teensy41"; }
 
 bool begin() {
-  cause = read_cause();
+  stack.paint(reinterpret_cast<uint32_t*>(&_ebss) + kGuardWords, reinterpret_cast<uint32_t*>(&_estack));
+  const bool fault = static_cast<bool>(CrashReport);
+  if (fault) {
+    const FaultRecord& record = *reinterpret_cast<const FaultRecord*>(kFaultRecord);
+    snprintf(report, sizeof report, "fault: pc 0x%08lx cfsr 0x%08lx address 0x%08lx",
+             static_cast<unsigned long>(record.ret), static_cast<unsigned long>(record.cfsr),
+             static_cast<unsigned long>(record.mmfar));
+    CrashReport.clear();
+  }
+  cause = fault ? ResetCause::kFault : read_cause();
   Entropy.Initialize();
   room = kFlashStart + reinterpret_cast<uint32_t>(&_flashimagelen) <= kStore;
   return room;
@@ -80,6 +104,10 @@ void watchdog_kick() {
 }
 
 ResetCause reset_cause() { return cause; }
+
+const char* crash_report() { return report[0] != '\0' ? report : nullptr; }
+
+uint32_t stack_high_water() { return stack.high_water(); }
 
 uint64_t random64() { return static_cast<uint64_t>(Entropy.random()) << 32 | Entropy.random(); }
 

@@ -45,9 +45,16 @@ class HostHal final : public edge::Hal {
   uint64_t random64() override { return config_.random64(config_.context); }
   uint64_t unique_id() override { return config_.unique_id; }
   void request_reset() override { config_.request_reset(config_.context); }
+  uint8_t sources() override { return config_.sample != nullptr ? config_.sources : 0; }
+  bool sample(uint8_t source, uint8_t* out, size_t size) override {
+    return config_.sample(config_.context, source, out, size) == 0;
+  }
+  const edge::HalCounters* counters() override { return &counters_; }
 
  private:
   const edge_mcu_config& config_;
+  const edge::HalCounters
+      counters_;  // a process has no UART to overrun, and its stack says nothing of a board's
   std::chrono::steady_clock::time_point created_ = std::chrono::steady_clock::now();
 };
 
@@ -132,6 +139,8 @@ EDGE_EXPORT int edge_mcu_feed(edge_mcu* mcu, const uint8_t* data, size_t size) {
 }
 
 EDGE_EXPORT int edge_mcu_poll(edge_mcu* mcu) { return mcu->session.poll() ? 1 : 0; }
+
+EDGE_EXPORT uint64_t edge_mcu_idle_us(edge_mcu* mcu) { return mcu->session.idle_us(); }
 
 EDGE_EXPORT uint32_t edge_crc32(const uint8_t* data, size_t size) { return edge::crc32(0, data, size); }
 

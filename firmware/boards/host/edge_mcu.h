@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 /* Raised with every change of this file. */
-#define EDGE_MCU_ABI 1u
+#define EDGE_MCU_ABI 2u
 
 typedef struct {
   uint32_t abi; /* EDGE_MCU_ABI of the caller */
@@ -44,7 +44,11 @@ typedef struct {
   /* Ed25519; null: the board does not verify. 0 is a good signature. */
   int (*verify)(void* context, const uint8_t* message, size_t size, const uint8_t* signature);
 
+  /* The board's sensors, numbered from 0; sample null: none. sample writes the next reading, 0 on success. */
+  int (*sample)(void* context, uint8_t source, uint8_t* out, size_t size);
+
   uint64_t unique_id;
+  uint8_t sources;
   uint8_t reset_cause;
   uint8_t window;
 } edge_mcu_config;
@@ -56,8 +60,10 @@ edge_mcu* edge_mcu_create(const edge_mcu_config* config);
 void edge_mcu_destroy(edge_mcu* mcu);
 /* 1 if requests are queued: edge_mcu_poll has work. */
 int edge_mcu_feed(edge_mcu* mcu, const uint8_t* data, size_t size);
-/* Runs one queued request at most; 1 if more are queued. */
+/* Runs one queued request at most, or takes one sample; 1 if requests are queued still. */
 int edge_mcu_poll(edge_mcu* mcu);
+/* Microseconds for which edge_mcu_poll has nothing to serve unless bytes come; UINT64_MAX: for ever. */
+uint64_t edge_mcu_idle_us(edge_mcu* mcu);
 
 /* The parts, for tests. */
 uint32_t edge_crc32(const uint8_t* data, size_t size);

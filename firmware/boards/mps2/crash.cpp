@@ -29,7 +29,7 @@ void put_text(char*& at, const char* text) {
   while (*text != '\0') *at++ = *text++;
 }
 
-void put_hex(char*& at, const char* name, uint32_t value) {
+__attribute__((noinline)) void put_hex(char*& at, const char* name, uint32_t value) {
   put_text(at, name);
   for (int shift = 28; shift >= 0; shift -= 4) *at++ = "0123456789abcdef"[(value >> shift) & 15];
 }

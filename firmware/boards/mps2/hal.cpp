@@ -132,11 +132,15 @@ void uart_send(const uint8_t* data, size_t size) {
   }
 }
 
-void wait_for_byte() {
+void wait_for_byte(uint64_t limit_us) {
   // Within a frame the next byte is close, and waking the core costs more than a byte's time.
   for (uint32_t spin = 0; spin < kSpins; ++spin) {
     if (ring_in != ring_out) return;
   }
+  const uint32_t ticks =
+      limit_us < kWakeTicks / kTicksPerUs ? static_cast<uint32_t>(limit_us) * kTicksPerUs : kWakeTicks;
+  systick().reload = ticks > 1 ? ticks - 1 : 1;
+  systick().value = 0;
   // Looked at with interrupts off: a byte that comes in between still ends the WFI.
   __asm volatile("cpsid i" ::: "memory");
   if (ring_in == ring_out) __asm volatile("wfi");

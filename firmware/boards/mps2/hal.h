@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "hal/hal.h"
+#include "hal/synthetic.h"
 
 namespace edge::mps2 {
 
@@ -21,8 +22,8 @@ void start_hardware();
 // Bytes received, up to `size`; 0 if there are none.
 size_t uart_read(uint8_t* out, size_t size);
 void uart_send(const uint8_t* data, size_t size);
-// Until a byte is there, or an interrupt came: a tenth of a second at most.
-void wait_for_byte();
+// Until a byte is there, an interrupt came, or `limit_us` have passed: a tenth of a second at most.
+void wait_for_byte(uint64_t limit_us = UINT64_MAX);
 
 class Mps2Hal final : public Hal {
  public:
@@ -41,8 +42,14 @@ class Mps2Hal final : public Hal {
   void request_reset() override;
   const char* crash_report() override;
   const HalCounters* counters() override;
+  uint8_t sources() override { return 1; }
+  bool sample(uint8_t, uint8_t* out, size_t size) override {
+    source_.sample(out, size);
+    return true;
+  }
 
  private:
+  SyntheticSource source_;
   HalCounters counters_;
 };
 

@@ -29,6 +29,8 @@ int main() {
     hal.clock_us();  // keeps count of the counter's wraps
     const size_t count = edge::mps2::uart_read(bytes, sizeof bytes);
     session.feed(bytes, count);
-    if (!session.poll() && count == 0) edge::mps2::wait_for_byte();
+    if (session.poll() || count > 0) continue;
+    const uint64_t idle_us = session.idle_us();
+    if (idle_us > 0) edge::mps2::wait_for_byte(idle_us);
   }
 }

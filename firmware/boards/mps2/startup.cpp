@@ -36,7 +36,7 @@ __attribute__((naked, noreturn)) void reset_handler() {
       "spin: b spin        \n");
 }
 
-void start_cpp() {
+__attribute__((used)) void start_cpp() {
   for (uint32_t *to = __data_start, *from = __data_load; to != __data_end;) *to++ = *from++;
   for (uint32_t* to = __bss_start; to != __bss_end;) *to++ = 0;
   edge::mps2::paint_stack();
@@ -48,7 +48,7 @@ void start_cpp() {
 }
 
 // `frame` is what the core pushed: r0-r3, r12, lr, pc, xpsr. It is not there if pushing it was what failed.
-[[noreturn]] void record_fault(const uint32_t* frame, uint32_t watchdog) {
+[[noreturn]] __attribute__((used)) void record_fault(const uint32_t* frame, uint32_t watchdog) {
   const edge::mps2::Scb& scb = edge::mps2::scb();
   edge::mps2::Crash crash{0, 0, scb.cfsr, 0};
   // Bits of CFSR: 7 the address of a memory fault is valid, 15 that of a bus fault; 4 and 12 the frame is
@@ -82,23 +82,20 @@ EDGE_CRASH_HANDLER(nmi_handler, "1")  // only the watchdog is wired to it
 void systick_handler() { edge::mps2::systick_interrupt(); }
 void uart_rx_handler() { edge::mps2::uart_interrupt(); }
 
-constexpr size_t kVectors = 16 + 32;
+// Up to the one interrupt that is enabled; there are no others to vector.
+constexpr size_t kVectors = 16 + 1;
 struct VectorTable {
   uint32_t* stack;
   Initializer handlers[kVectors - 1];
 };
 
-// An interrupt that nobody expects is a fault.
 #define EDGE_4(handler) handler, handler, handler, handler
 __attribute__((section(".vectors"), used)) const VectorTable vectors = {
     __handler_stack_top,
     {
         reset_handler, nmi_handler, fault_handler, EDGE_4(fault_handler), EDGE_4(fault_handler),
         fault_handler, fault_handler, fault_handler, systick_handler,
-        // interrupts 0 to 31
-        uart_rx_handler, fault_handler, fault_handler, fault_handler, EDGE_4(fault_handler),
-        EDGE_4(fault_handler), EDGE_4(fault_handler), EDGE_4(fault_handler), EDGE_4(fault_handler),
-        EDGE_4(fault_handler), EDGE_4(fault_handler)  //
+        uart_rx_handler  // interrupt 0
     }};
 
 }  // extern "C"

@@ -15,6 +15,8 @@ RAM, STORE = 0x2000_0000, 0x2100_0000
 INPUT = re.compile(r"^ (\.[\w.$]+|COMMON)\s+0x([0-9a-f]+)\s+0x([0-9a-f]+)\s+(\S+)$", re.MULTILINE)
 # An archive's member, and on the next line who named it first.
 PULLED = re.compile(r"^(\S+\.a\(\S+\))\s+(\S+) \(\S+\)$", re.MULTILINE)
+# Of the C library, what the firmware needs itself: its own, whoever is named first. (It has no memmove.)
+SHARED = re.compile(r"\(lib_a-(?:mem(?:chr|cmp|cpy|set)|str(?:len|nlen))\.o\)$")
 STACK = re.compile(r"^\.(?:handler_)?stack\s+0x[0-9a-f]+\s+0x([0-9a-f]+)", re.MULTILINE)
 
 
@@ -37,7 +39,7 @@ def pulled_by_library(text):
     for member, by in PULLED.findall(text):
         if "libtflm.a(" in by or by.endswith("tflm_engine.o") or by in found:
             found.add(member)
-    return found
+    return {member for member in found if not SHARED.search(member)}
 
 
 def part_of(section, file, pulled):
@@ -46,8 +48,10 @@ def part_of(section, file, pulled):
     # Its templates are compiled within our engine.
     if "libtflm.a(" in file or file in pulled or "6tflite" in section:
         return "TensorFlow Lite Micro"
-    if "/src/" in file and ".a(" not in file:
-        return file.split("/src/", 1)[1].split("/", 1)[0]
+    if "/src/engine/" in file:
+        return "engine"
+    if "/src/" in file or ".ltrans" in file:
+        return "core and board"
     return "C and C++ library"
 
 

@@ -22,8 +22,8 @@ if prefix:
     env.Replace(AS=prefix + "as", AR=prefix + "ar", RANLIB=prefix + "ranlib", OBJCOPY=prefix + "objcopy")
 env.ProcessFlags(env.get("BUILD_FLAGS"))
 env.ProcessUnFlags(env.get("BUILD_UNFLAGS"))
-# A sanitizer, a core and an FPU are flags of the linker too, which PlatformIO does not know.
-also_linked = ("-fsanitize", "-m", "-nostartfiles", "--specs")
+# A sanitizer, a core, an FPU and what optimises are flags of the linker too, which PlatformIO does not know.
+also_linked = ("-f", "-m", "-O", "-nostartfiles", "--specs", "--coverage")
 env.Append(LINKFLAGS=[flag for flag in env.get("CCFLAGS", []) if str(flag).startswith(also_linked)])
 
 library = []
@@ -32,6 +32,7 @@ if option("custom_tflm", "no") == "yes":
 
     library = tflm.library(env)
 
+env.ProcessFlags(env.get("SRC_BUILD_FLAGS"))
 sources = env.CollectBuildFiles("$BUILD_DIR/src", "$PROJECT_SRC_DIR", env.get("SRC_FILTER"))
 if kind == "library":
     # SCons marks static and shared objects apart; these are plain objects, so position independence is asked for here.
@@ -41,6 +42,13 @@ if kind == "library":
 elif kind == "image":
     import image
 
+    # Optimised as a whole, but for the engine: what the library takes is told by its objects (image.py). Unbridled,
+    # that would put the locals of a whole call chain on the stack at once. The others each save a hundred bytes or two.
+    flags = ["-flto", "-fconserve-stack", "-fno-tree-loop-distribute-patterns", "-fno-partial-inlining"]
+    whole = env.Clone()
+    whole.Append(CCFLAGS=flags)
+    env.Append(LINKFLAGS=[*flags, "-flto-partition=one"])
+    sources = [(env if "/engine/" in str(source) else whole).Object(source) for source in sources]
     env.Append(
         LINKFLAGS=[
             "-T",

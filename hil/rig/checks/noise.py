@@ -181,8 +181,17 @@ async def lost_acknowledgements(rig: Rig, findings: Findings) -> None:
             before = (await session.stats(rig.soon(5))).by_name()
             line.set(direction="in", drop_frames=0.25, seed=rig.seed)
             findings.lines.append(f"drop_frames=0.25 direction=in seed={rig.seed}")
-            tally = await drive(call, lanes=call.lanes, deadline_s=0.5, seconds=2.0)
+            tally = await drive(call, lanes=call.lanes, deadline_s=0.5, seconds=4.0)
             judge(findings, tally, call, least=60)
+            line.set()
+            after = (await session.stats(rig.soon(5))).by_name()
+            runs = after.get("inferences", 0) - before.get("inferences", 0)
+            note = "a second loss in a row may outlast the board's memory of its answers"
+            findings.figure("runs for each call", runs / tally.total, most=1.15, note=note)
+            repeated = after.get("answers_repeated", 0) - before.get("answers_repeated", 0)
+            findings.figure("answers repeated from the store", repeated, least=1)
+
+            line.set(direction="in", drop_frames=0.25, seed=rig.seed)
             image = image_of(rig.catalog, rig.samples().variant, size=24 * 1024, seed=rig.seed)
             began = rig.clock.monotonic()
             await push_model(session, image, rig.clock)
@@ -190,12 +199,6 @@ async def lost_acknowledgements(rig: Rig, findings: Findings) -> None:
             await push_model(session, image_of(rig.catalog, rig.samples().variant), rig.clock)
             line.set()
             await settle(rig, session, call)
-            after = (await session.stats(rig.soon(5))).by_name()
-            runs = after.get("inferences", 0) - before.get("inferences", 0)
-            note = "a second loss in a row may outlast the board's memory of its answers"
-            findings.figure("runs for each call", runs / (tally.total + 1), most=1.15, note=note)
-            repeated = after.get("answers_repeated", 0) - before.get("answers_repeated", 0)
-            findings.figure("answers repeated from the store", repeated, least=1)
 
 
 CHECKS = (

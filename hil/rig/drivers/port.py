@@ -23,6 +23,8 @@ APPEAR_LIMIT_S: Final = 15.0
 class PortDriver:
     """Serial, and power where the configuration names a hub; without one, `on` and `off` only look."""
 
+    clock = None
+
     def __init__(self, name: str, board: RealBoard) -> None:
         self.name = name
         self._board = board

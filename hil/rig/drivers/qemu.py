@@ -21,6 +21,7 @@ class QemuDriver:
     """Power is the process: its flash is RAM, so what it holds is lost with the power, and kept over a reset."""
 
     paced = False
+    clock = None
 
     def __init__(self, name: str, board: QemuBoard, stage: Stage) -> None:
         self.name = name

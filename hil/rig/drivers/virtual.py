@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import util
+from typing import Any
 
 from hil.processes import Process, Stage, StartError
 from hil.rig.boards import VirtualBoard
@@ -35,6 +36,10 @@ class VirtualDriver:
     @property
     def reset(self) -> _ResetButton:
         return _ResetButton(self)
+
+    @property
+    def clock(self) -> _Clock:
+        return _Clock(self)
 
     def missing(self) -> str:
         from hil.virtual.library import LibraryMissing, known_operators
@@ -69,12 +74,24 @@ class VirtualDriver:
     def tail(self) -> str:
         return self._process.tail() if self._process is not None else ""
 
-    def _call(self, command: str) -> None:
+    def _call(self, command: str, **parameters: float) -> dict[str, Any]:
         try:
             with Control(self._socket) as control:
-                control.call(command)
+                return control.call(command, **parameters)
         except (OSError, ControlError) as error:
             raise RigError(f"{self.name}: {command}: {error}") from None
+
+
+class _Clock:
+    def __init__(self, driver: VirtualDriver) -> None:
+        self._driver = driver
+
+    def read(self) -> tuple[float, float]:
+        answer = self._driver._call("clock")
+        return answer["board_s"], answer["monotonic_s"]
+
+    def drift(self, ppm: float) -> None:
+        self._driver._call("clock", drift_ppm=ppm)
 
 
 class _ResetButton:

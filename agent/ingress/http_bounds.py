@@ -1,0 +1,121 @@
+"""Bounds on HTTP connections before there is a request: how many of one address, how long and how large a head may be.
+
+uvicorn bounds neither. Without them a stranger who opens connections and says nothing has all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from agent.core.errors import InferenceError, InvalidRequest, Overloaded
+from agent.security.access import is_loopback, network
+
+HEAD_S = 10.0
+"""From the first byte of a connection, or the first of a further request on it, to the end of the headers."""
+MAX_HEAD_BYTES = 64 << 10
+
+Refused = Callable[[InferenceError, str], None]
+"""Called with what was refused, and the address."""
+
+
+class HeadTimeout(InvalidRequest):
+    """The headers did not arrive in time; the connection is closed without a word."""
+
+    code = "head_timeout"
+    http_status = 408
+
+
+class HeadTooLarge(InvalidRequest):
+    """The headers have no end."""
+
+    code = "head_too_large"
+    http_status = 431
+
+
+class Bounds(NamedTuple):
+    """What the connections of one server share. `open_now` leaves out this machine's own addresses."""
+
+    per_address: int
+    refused: Refused
+    open_now: Counter[str]
+
+
+class Bounded(HttpToolsProtocol):
+    """One connection. `bounded_protocol` makes the class that knows the bounds."""
+
+    bounds: ClassVar[Bounds]
+
+    _head_timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+    _counted = ""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        address = self.client[0] if self.client else ""
+        if not is_loopback(address):
+            self._counted = network(address)
+            self.bounds.open_now[self._counted] += 1
+            if self.bounds.open_now[self._counted] > self.bounds.per_address:
+                self.bounds.refused(
+                    Overloaded(f"more than {self.bounds.per_address} connections of one address"), address
+                )
+                transport.abort()
+                return
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_done()
+        if self._counted:
+            self.bounds.open_now[self._counted] -= 1
+            if not self.bounds.open_now[self._counted]:
+                del self.bounds.open_now[self._counted]
+            self._counted = ""
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        before = self.cycle
+        super().data_received(data)
+        if self.cycle is not before:  # a head has ended, in most cases the only one and whole
+            self._head_done()
+            return
+        if self._head_timer is None:
+            if before is not None and not before.response_complete:
+                return  # of its body
+            self._await_head()
+        self._head_bytes += len(data)
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._end(HeadTooLarge(f"headers of more than {MAX_HEAD_BYTES} bytes"))
+
+    def _await_head(self) -> None:
+        self._head_bytes = 0
+        self._head_timer = self.loop.call_later(HEAD_S, self._late)
+
+    def _late(self) -> None:
+        self._end(HeadTimeout(f"the headers did not arrive within {HEAD_S:g} seconds"))
+
+    def _head_done(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _end(self, error: InferenceError) -> None:
+        self._head_done()
+        if self.transport.is_closing():
+            return
+        if self._head_bytes:  # or it never said a word: a browser that opened one in advance
+            self.bounds.refused(error, self.client[0] if self.client else "")
+        if isinstance(error, HeadTooLarge):
+            self.transport.write(
+                b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+            )
+        self.transport.close()
+
+
+def bounded_protocol(per_address: int, refused: Refused) -> type[Bounded]:
+    """uvicorn's protocol with these bounds. `per_address` does not hold for this machine's own addresses."""
+    return type("BoundedProtocol", (Bounded,), {"bounds": Bounds(per_address, refused, Counter())})

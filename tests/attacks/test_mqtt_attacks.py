@@ -1,0 +1,156 @@
+"""Attacks on the MQTT door of a real daemon by devices that have a certificate of their own, and by others."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fort import DIGIT, Fort
+
+from agent.link.mqtt import LinkOptions, Message, MessageProperties, MqttLink
+from tests.brokers import until
+from tests.certs import Authority, Pair
+
+WAIT_S = 20.0
+REFUSED = 0x87
+"""MQTT 5 reason code: not authorized."""
+_numbers = itertools.count()
+
+
+class Device:
+    """A device with a certificate, and what was answered to it."""
+
+    def __init__(self, fort: Fort, name: str, pair: Pair | None) -> None:
+        files = {} if pair is None else {"cert_file": pair.cert, "key_file": pair.key}
+        self.name = name
+        self.fort = fort
+        url = f"mqtts://127.0.0.1:{fort.broker_port}"
+        self.link = MqttLink(LinkOptions(broker=url, client_id=name, ca_file=fort.authority.ca, **files))
+        self.answers: list[Message] = []
+
+    async def connect(self) -> None:
+        await self.link.subscribe(f"clients/{self.name}/answers", self.answers.append)
+        await self.link.subscribe(f"edge/fort/results/{self.name}", self.answers.append)
+        await self.link.start()
+        await until(lambda: self.link.connected, WAIT_S, f"{self.name} is connected")
+
+    async def ask(self, payload: bytes, model: str = "digits", **properties: Any) -> dict[str, Any]:
+        back = MessageProperties("application/json", response_topic=f"clients/{self.name}/answers", **properties)
+        await self.link.publish_acknowledged(f"edge/fort/infer/{model}/{self.name}", payload, properties=back)
+        return await self.answer()
+
+    async def answer(self) -> dict[str, Any]:
+        await until(lambda: self.answers, WAIT_S, "an answer")
+        decoded: dict[str, Any] = json.loads(self.answers.pop(0).payload)
+        return decoded
+
+    def refused_once(self, code: str) -> None:
+        (record,) = self.fort.records(kind="refusal", who=f"mqtt:{self.name}")
+        assert record["outcome"] == code
+        (event,) = self.fort.events(f'"who":"mqtt:{self.name}"')
+        assert json.loads(event)["outcome"] == code
+
+
+@pytest.fixture
+async def device(fort: Fort) -> AsyncIterator[Device]:
+    name = f"device-{next(_numbers)}"
+    device = Device(fort, name, fort.authority.sign(name, client=True))
+    await device.connect()
+    yield device
+    await device.link.stop()
+
+
+QUESTION = json.dumps({"inputs": DIGIT, "deadline_ms": 2000}).encode()
+
+
+async def test_a_device_is_answered(device: Device, fort: Fort) -> None:
+    answer = await device.ask(QUESTION)
+    (record,) = fort.records(kind="request", request_id=answer["request_id"])
+    assert (record["who"], record["producer"]) == (f"mqtt:{device.name}", device.name)
+    await device.link.publish_acknowledged(f"sensors/{device.name}", json.dumps(DIGIT).encode())
+    reading = await device.answer()
+    (record,) = fort.records(kind="request", request_id=reading["request_id"])
+    assert record["who"] == f"sensor:{device.name}"
+
+
+def test_certificates_are_watched(fort: Fort) -> None:
+    def seen() -> dict[str, float]:
+        return {one["name"]: one["days_left"] for one in fort.status()["certificates"]}
+
+    fort.until(lambda: "mqtt broker" in seen(), "the broker's own is seen")
+    assert seen() == {
+        "mqtt.ca_file": pytest.approx(365, abs=0.5),
+        "mqtt.cert_file": pytest.approx(30, abs=0.5),
+        "mqtt broker": pytest.approx(30, abs=0.5),
+    }
+    (state,) = [part for part in fort.status()["components"] if part["name"] == "certificates"]
+    assert state["state"] == "degraded", "they end within security.certificate_warn_days"
+    assert "the certificate ends in 30.0 days" in state["reason"] or "29.9" in state["reason"]
+    assert "edge_agent_certificate_days{" in fort.get("/metrics").text
+
+
+async def test_topics_outside_the_access_list(device: Device, fort: Fort) -> None:
+    before = len(fort.records(kind="request"))
+    for topic in (
+        "sensors/other",
+        "edge/fort/infer/digits/other",
+        "edge/fort/infer/digits",
+        f"edge/fort/infer/digits/{device.name}/x",
+        "edge/fort/results/other",
+        "edge/fort/status",
+        "clients/other/answers",
+    ):
+        assert await device.link.publish_acknowledged(topic, QUESTION) == REFUSED, topic
+    assert len(fort.records(kind="request")) == before
+
+
+@pytest.mark.parametrize("kind", ["none", "expired", "of another authority"])
+async def test_wrong_certificates(fort: Fort, tmp_path: Path, kind: str) -> None:
+    name = f"stranger-{next(_numbers)}"
+    pair = {
+        "none": lambda: None,
+        "expired": lambda: fort.authority.sign(name, days=-1, client=True),
+        "of another authority": lambda: Authority(tmp_path).sign(name, client=True),
+    }[kind]()
+    stranger = Device(fort, name, pair)
+    await stranger.link.start()
+    await until(lambda: stranger.link.state.permanent, WAIT_S, "it is refused for good")
+    await stranger.link.stop()
+    assert fort.records(who=f"mqtt:{name}") == [], "it does not get as far as the daemon"
+
+
+PAYLOADS = {
+    "another producer": (json.dumps({"inputs": DIGIT, "producer": "clinic"}).encode(), "forbidden"),
+    "another model": (json.dumps({"inputs": DIGIT, "model": "motion"}).encode(), "invalid_request"),
+    "a depth bomb": (b"[" * 500_000, "undecodable"),
+    "NaN": (json.dumps({"inputs": [float("nan")] * 64}).encode(), "invalid_request"),
+    "a wrong shape": (json.dumps({"inputs": [[1.0] * 9] * 9}).encode(), "invalid_request"),
+    "too large": (b"[" + b"7," * 600_000 + b"7]", "too_large"),
+    "nothing": (b"", "undecodable"),
+}
+
+
+@pytest.mark.parametrize(("payload", "code"), PAYLOADS.values(), ids=PAYLOADS)
+async def test_payloads_that_are_wrong(device: Device, payload: bytes, code: str) -> None:
+    answer = await device.ask(payload)
+    assert answer["error"]["code"] == code
+    device.refused_once(code)
+
+
+@pytest.mark.parametrize("model", ["..", "...", "%2e%2e%2fetc", "digits\\..\\x", "passwd"])
+async def test_path_tricks_in_model_names(device: Device, model: str) -> None:
+    assert (await device.ask(QUESTION, model))["error"]["code"] == "unknown_model"
+    device.refused_once("unknown_model")
+
+
+async def test_a_replayed_request_is_answered_once(device: Device, fort: Fort) -> None:
+    question = json.dumps({"inputs": DIGIT, "idempotency_key": "k1", "use_cache": False, "deadline_ms": 2000}).encode()
+    first, again = await device.ask(question), await device.ask(question)
+    assert (first["cached"], again["cached"]) == (False, True)
+    assert "same idempotency key" in again["reasons"][0]
+    outcomes = [record["outcome"] for record in fort.records(kind="request", producer=device.name)]
+    assert outcomes == ["ok", "cached"]
