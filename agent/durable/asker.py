@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from dataclasses import replace as replace_in
 from typing import Any
 
 from agent.config import OutboxSection
@@ -220,7 +220,9 @@ class Asker:
             if not stored.whole:
                 raise InvalidRequest("(stored request): its checksum is wrong")
             request, back = stored_request(stored, self._catalog, now)
-            request = replace_in(request, allowed_regions=self._regions(request.producer, request.allowed_regions))
+            request = dataclasses.replace(
+                request, allowed_regions=self._regions(request.producer, request.allowed_regions)
+            )
         except FINAL as error:
             found = return_of(stored)
             if found is None:
