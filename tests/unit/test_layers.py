@@ -291,6 +291,12 @@ def tracked() -> tuple[Path, ...]:
     return tuple(path for path in paths if path.is_file() and path.suffix not in BINARY)
 
 
+def test_no_two_test_modules_have_one_name() -> None:
+    """pytest imports them by their name alone."""
+    names = [path.name for path in tracked() if path.match("tests/**/test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_no_file_is_longer_than_can_be_read() -> None:
     long = {
         str(path.relative_to(ROOT)): lines
