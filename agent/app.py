@@ -16,6 +16,8 @@ from agent.core.clock import Clock
 from agent.core.errors import ConfigError, InferenceError
 from agent.core.streamed import Streamed
 from agent.core.types import AccuracyMode, InferenceRequest, InferenceResult
+from agent.durable.desk import Desk, no_outbox
+from agent.ingress.durable import DurableDoor
 from agent.ingress.http import create_app
 from agent.ingress.http_server import HttpServer
 from agent.ingress.mqtt import MqttDoor
@@ -148,6 +150,7 @@ class App:
             application, config.http, lambda error, address: self.guard.refused("http", error, address=address)
         )
         self.mqtt = self._mqtt_door() if config.mqtt.enabled else None
+        self.desk = self._desk() if config.outbox.enabled else None
         publish = self.mqtt.publish_result if self.mqtt else lambda name, document: None
         self.streams = StreamDoor(self, config.edge_mcu.streams, publish, self.pipeline.observed, clock)
         self.metrics.watch(self.status)
@@ -160,13 +163,35 @@ class App:
         return MqttDoor(
             self,
             config.mqtt,
-            config.sensors,
+            {topic: sensor for topic, sensor in config.sensors.items() if not sensor.durable},
             config.gateway.id,
             self.metrics,
             self._clock,
             status_interval_s=config.monitoring.status_interval_s,
             guard=self.guard,
         )
+
+    def _desk(self) -> Desk:
+        """Durable delivery, with its door."""
+        config = self._config
+        folder = config.gateway.state_dir / "outbox"
+        desk = Desk(
+            config,
+            folder,
+            self.infer,
+            self._catalog,
+            self._clock,
+            audit=self.audit,
+            askable=self._askable,
+            regions=self.admission.allowed_regions,
+        )
+        durable = {topic: sensor for topic, sensor in config.sensors.items() if sensor.durable}
+        desk.door = DurableDoor(self, desk, config.mqtt, durable, config.gateway.id, self.metrics, self.guard)
+        self.pipeline.listeners.append(desk.forward)
+        if self.mqtt:
+            keep = self.mqtt.keep
+            desk.alarm = lambda why: keep("alarms/outbox", {"alarm": "outbox", "active": bool(why), "reason": why})
+        return desk
 
     # What the doors need: ingress.base.Core.
 
@@ -191,13 +216,22 @@ class App:
         audit.request(request, result)
         return result
 
+    async def accept(self, request: InferenceRequest) -> Mapping[str, Any]:
+        try:
+            if self.desk is None:
+                raise no_outbox()
+            return await self.desk.accept_told(request)
+        except InferenceError as error:
+            self.guard.refused("daemon", error, who=request.asked_by)
+            raise
+
+    def _askable(self) -> frozenset[str]:
+        return frozenset(target.traits.name for target in self.targets if target.availability().available)
+
     def ready(self) -> tuple[bool, str]:
         if self._stopping.is_set():
             return False, "stopping"
-        for target in self.targets:
-            if target.availability().available:
-                return True, ""
-        return False, "no target can be asked"
+        return (True, "") if self._askable() else (False, "no target can be asked")
 
     def status(self) -> Mapping[str, Any]:
         ready, reason = self.ready()
@@ -214,6 +248,7 @@ class App:
             "budgets": [] if self.budget is None else self.budget.left(self._clock.monotonic()),
             "overload": self.pipeline.queue.status(),
             "cache": self.cache.stats(),
+            "outbox": None if self.desk is None else self.desk.status(),
             "counters": self.metrics.counters(),
             "recorder": None if self.trace is None else self.trace.status(),
             "doors": {
@@ -293,14 +328,19 @@ class App:
             self.supervisor.spawn("shadow", self._ask_shadows)
             for state in self.accuracies.states():
                 self._show_drift(state)
+        await self._open_doors()
+        for target in self.targets:
+            self.supervisor.watch(target.traits.name, target.alive)
+
+    async def _open_doors(self) -> None:
         if self._config.http.enabled:
             port = await self.http.start()
             log.info("http door open", extra={"host": self._config.http.host, "port": port})
         if self.mqtt:
             await self.mqtt.start()
             self.supervisor.watch("mqtt", lambda: self.mqtt is not None and self.mqtt.alive)
-        for target in self.targets:
-            self.supervisor.watch(target.traits.name, target.alive)
+        if self.desk:
+            await self.desk.start(self.supervisor)
 
     async def stop(self) -> None:
         """Doors first, then what is in flight, then the targets, then the store."""
@@ -309,11 +349,15 @@ class App:
         closing = [self.http.stop(drain_s)] if self._config.http.enabled else []
         if self.mqtt:
             closing.append(self.mqtt.close_door())
+        if self.desk:
+            closing.append(self.desk.close_door())
         closed = asyncio.gather(*closing)
         if not await self.pipeline.drained(drain_s):
             log.warning("stopped with requests in flight", extra={"in_flight": self.pipeline.in_flight})
         await closed
         await self.streams.stop(drain_s)
+        if self.desk:
+            await self.desk.stop(drain_s)
         if self.mqtt:
             await self.mqtt.stop()
         await self.supervisor.stop()

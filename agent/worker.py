@@ -61,7 +61,7 @@ class WorkerSettings:
     default_budget_s: float = 30.0
     """For a request that states neither a budget nor a message expiry."""
     duplicate_window_s: float = 60.0
-    """How long an answer is kept for repeats of its request."""
+    """How long an answer is kept for repeats of its request, at least; never less than the request's own lifetime."""
     duplicate_entries: int = 1024
     presence_interval_s: float = 30.0
     """Presence is refreshed this often, and ends by itself after three times that."""
@@ -269,7 +269,8 @@ class Worker:
             del self._jobs[key]
             if reply is not None:
                 if reply.status == lane.OK:
-                    self._answers.put(key, reply, self._clock.monotonic())
+                    # A repeat can come as long as its request may be under way.
+                    self._answers.put(key, reply, self._clock.monotonic(), until=job.until())
                 self._reply(reply, job.askers)
 
     async def _answer(self, job: _Job) -> _Reply | None:
@@ -335,7 +336,8 @@ class Worker:
 
 
 class AnswerStore:
-    """The latest answers by request, bounded in number, bytes and age."""
+    """The latest answers by request, bounded in number and bytes; each is kept for the window, or for as long as its
+    request may be under way if that is longer."""
 
     def __init__(self, entries: int, window_s: float) -> None:
         self._limit = entries
@@ -345,16 +347,14 @@ class AnswerStore:
 
     def get(self, key: object, now: float) -> _Reply | None:
         kept = self._kept.get(key)
-        return kept[1] if kept is not None and now - kept[0] < self._window_s else None
+        return kept[1] if kept is not None and now < kept[0] else None
 
-    def put(self, key: object, reply: _Reply, now: float) -> None:
+    def put(self, key: object, reply: _Reply, now: float, until: float = 0.0) -> None:
         self._remove(key)
-        self._kept[key] = (now, reply)
+        self._kept[key] = (max(now + self._window_s, until), reply)
         self._bytes += len(reply.payload)
         while self._kept and (
-            len(self._kept) > self._limit
-            or self._bytes > MAX_KEPT_BYTES
-            or now - next(iter(self._kept.values()))[0] >= self._window_s
+            len(self._kept) > self._limit or self._bytes > MAX_KEPT_BYTES or next(iter(self._kept.values()))[0] <= now
         ):
             self._remove(next(iter(self._kept)))
 

@@ -175,7 +175,13 @@ class Stage:
         process.wait_for_log("link up")
         return process
 
-    def daemon(self, config: Mapping[str, object], name: str = "daemon") -> Process:
+    def daemon(
+        self,
+        config: Mapping[str, object],
+        name: str = "daemon",
+        module: str = "agent.cli",
+        environ: Mapping[str, str] | None = None,
+    ) -> Process:
         """The daemon; returns when it has said READY the way systemd hears it."""
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(dict(config), sort_keys=False))
@@ -186,8 +192,8 @@ class Stage:
             listener.settimeout(POLL_S)
             process = self.start(
                 name,
-                [sys.executable, "-m", "agent.cli", "run", "--config", str(path)],
-                {"NOTIFY_SOCKET": str(notify), "PYTHONUNBUFFERED": "1"},
+                [sys.executable, "-m", module, "run", "--config", str(path)],
+                {"NOTIFY_SOCKET": str(notify), "PYTHONUNBUFFERED": "1", **(environ or {})},
             )
             process.wait_until(lambda: _ready(listener), "READY=1")
         return process

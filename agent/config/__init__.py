@@ -19,6 +19,7 @@ from agent.config.broker import BrokerSection, check_broker_url, check_topic_fil
 from agent.config.budgets import AmountsSection, BudgetsSection
 from agent.config.cascade import AccuracyName, AccuracySection, DriftSection, ShadowSection
 from agent.config.doors import HttpSection, MqttSection, SensorSection, TlsSection
+from agent.config.outbox import DurableSections, OutboxSection, UplinkSection
 from agent.config.overload import ClassShares, LimitSection, OverloadSection, WaitingSection
 from agent.config.routing import (
     BreakerSection,
@@ -79,6 +80,7 @@ __all__ = [
     "MonitoringSection",
     "MqttSection",
     "Name",
+    "OutboxSection",
     "OverloadSection",
     "ParameterThresholds",
     "Priority",
@@ -95,6 +97,7 @@ __all__ = [
     "TlsSection",
     "TokenSection",
     "Topic",
+    "UplinkSection",
     "UtilityWeights",
     "WaitingSection",
     "check_broker_url",
@@ -133,6 +136,10 @@ class FallbackSection(Section):
     stale_ttl: float = Field(default=86_400, ge=0)
     """Seconds for which an answer may still be served, labelled stale, when nothing can be asked."""
 
+    write_bytes_per_day: int | None = Field(default=1 << 30, ge=1 << 20)
+    """What the cache's file may write to the disk, for the sake of SD cards; beyond it answers wait in memory for their
+    turn. None: no limit."""
+
     @model_validator(mode="after")
     def _order(self) -> Self:
         if self.stale_ttl < self.cache_ttl:
@@ -164,7 +171,7 @@ class MonitoringSection(Section):
         return value
 
 
-class Config(Section):
+class Config(DurableSections):
     """The whole tree."""
 
     gateway: GatewaySection = Field(default_factory=GatewaySection)
@@ -216,4 +223,17 @@ class Config(Section):
             raise ValueError("sensors need mqtt.enabled: true")
         if self.edge_mcu.streams and not self.mqtt.enabled:
             raise ValueError("edge_mcu.streams need mqtt.enabled: true")
+        return self
+
+    @model_validator(mode="after")
+    def _durable(self) -> Self:
+        if self.outbox.enabled and not self.mqtt.enabled:
+            raise ValueError("outbox needs mqtt.enabled: true: results are delivered there")
+        if self.uplink.lane is not None and self.uplink.lane not in [lane.name for lane in self.cloud.lanes]:
+            raise ValueError(f"uplink.lane {self.uplink.lane!r} is none of cloud.lanes")
+        for topic, sensor in self.sensors.items():
+            if sensor.durable and not self.outbox.enabled:
+                raise ValueError(f"sensors.{topic}.durable needs outbox.enabled: true")
+            if sensor.uplink and self.uplink.lane is None:
+                raise ValueError(f"sensors.{topic}.uplink needs uplink.lane")
         return self

@@ -83,3 +83,7 @@ class SensorSection(Section):
     shadow: bool = True
     """Whether readings may be asked again of the cloud in the background, where `shadow.rate` says so."""
     allowed_regions: tuple[str, ...] = ()
+    durable: bool = False
+    """Readings are kept on the disk until they are answered, and answers until they are delivered; class `batch`."""
+    uplink: bool = False
+    """Answers are also passed on to the cloud, over `uplink`."""

@@ -8,6 +8,8 @@
     │   ├── Forbidden          403  the token is valid and does not allow this
     │   ├── UnknownModel       404
     │   ├── Overloaded         429  a bounded queue is full
+    │   │   └── OutboxFull     429  the outbox is, and its policy is to refuse
+    │   ├── NotStored          503  a durable request could not be put on the disk
     │   ├── RateLimited        429  this caller or producer asks more often than it may
     │   ├── AuditUnavailable   503  the audit trail cannot be written, and `audit.on_full` says refuse
     │   ├── Unavailable        503  every target failed or none could be asked, and nothing is cached
@@ -140,6 +142,19 @@ class Overloaded(InferenceError):
 
     code = "overloaded"
     http_status = 429
+
+
+class OutboxFull(Overloaded):
+    """The outbox has reached one of its bounds, and its policy is to refuse."""
+
+    code = "outbox_full"
+
+
+class NotStored(InferenceError):
+    """A durable request could not be put on the disk, so it was not accepted."""
+
+    code = "not_stored"
+    http_status = 503
 
 
 class RateLimited(InferenceError):

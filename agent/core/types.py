@@ -95,6 +95,10 @@ class InferenceRequest:
     out_of_range: bool = False
     """Whether an input holds values outside of what the model was trained on; `notes` say which."""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    durable: bool = False
+    """Whether it is to be kept on the disk until it is answered, and the answer until it is delivered."""
+    uplink: bool = False
+    """Whether the answer is also passed on to the cloud."""
     notes: tuple[str, ...] = ()
     """What is odd about the inputs, in words; they head the reasons of the answer."""
     asked_by: str = ""

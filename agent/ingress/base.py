@@ -35,6 +35,10 @@ class Core(Protocol):
         """Answer by the request's deadline. Raises `InferenceError` and nothing else."""
         ...
 
+    async def accept(self, request: InferenceRequest) -> Mapping[str, Any]:
+        """Return when a durable request is on the disk, with what its caller is told. Raises `InferenceError`."""
+        ...
+
     def ready(self) -> tuple[bool, str]:
         """Whether some target can be asked now; if not, why."""
         ...

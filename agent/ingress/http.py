@@ -208,6 +208,8 @@ class HttpDoor:
             self._metrics.malformed(DOOR, "disconnected")
             return Response(status_code=400)
         try:
+            if question.durable:
+                return json_response(await self._core.accept(question), 202)
             result = await self._core.infer(question)
         except InferenceError as error:
             return refusal(error)

@@ -73,6 +73,10 @@ class InferDocument(_Documented):
     shadow: Annotated[
         bool, Field(description="Whether a cloud variant may be asked the same in the background, to watch the edge's.")
     ] = True
+    delivery: Annotated[
+        Literal["now", "durable"],
+        Field(description="`durable`: kept on the disk until answered; the result is published by MQTT (202)."),
+    ] = "now"
     metadata: Annotated[
         dict[str, str], Field(max_length=16, description="Yours: at most 16 texts, of which nothing depends.")
     ] = {}
@@ -260,7 +264,25 @@ class AliveDocument(_Documented):
     status: Annotated[Literal["alive"], Field(description="Always this: a daemon that is not does not answer.")]
 
 
-_MODELS = (InferDocument, AnswerDocument, ExplanationDocument, RefusalDocument, ReadyDocument, AliveDocument)
+class AcceptedDocument(_Documented):
+    """A durable request is on the disk."""
+
+    request_id: Annotated[str, Field(description="The request's.")]
+    state: Annotated[Literal["accepted"], Field(description="It will be answered, or accounted for.")]
+    id: Annotated[str, Field(description="The idempotency key of its result.")]
+    duplicate: Annotated[bool, Field(description="It was accepted before, under the same `idempotency_key`.")]
+    result_topic: Annotated[str, Field(description="Where the result is published on the gateway's broker.")]
+
+
+_MODELS = (
+    InferDocument,
+    AnswerDocument,
+    AcceptedDocument,
+    ExplanationDocument,
+    RefusalDocument,
+    ReadyDocument,
+    AliveDocument,
+)
 
 REFUSALS = {
     400: "The request is wrong (`invalid_request`), or its body is not JSON (`undecodable`).",
@@ -270,9 +292,10 @@ REFUSALS = {
     408: "The body did not arrive in time (`body_timeout`).",
     413: "The body is larger than `http.max_body_bytes` (`too_large`).",
     415: "Neither application/json nor application/octet-stream (`unsupported_media_type`).",
-    429: "A bounded queue is full (`overloaded`), or this caller asks too often (`rate_limited`); see `Retry-After`.",
-    503: "Every target failed or none could be asked, and nothing is cached (`unavailable`); or the request cannot be "
-    "put on record (`audit_unavailable`).",
+    429: "A bounded queue (`overloaded`) or the outbox (`outbox_full`) is full, or this caller asks too often "
+    "(`rate_limited`); see `Retry-After`.",
+    503: "Every target failed or none could be asked, and nothing is cached (`unavailable`); the request cannot be "
+    "put on record (`audit_unavailable`); or the disk did not take a durable request (`not_stored`).",
     504: "The deadline passed, and nothing is cached (`deadline_exceeded`).",
 }
 
@@ -340,6 +363,7 @@ def infer_operation() -> dict[str, Any]:
         },
         "responses": {
             "200": _json(AnswerDocument, "The best answer that could be had in time."),
+            "202": _json(AcceptedDocument, "With `delivery: durable`: it is on the disk."),
             **{str(status): _json(RefusalDocument, text) for status, text in REFUSALS.items()},
         },
     }

@@ -182,10 +182,13 @@ class MqttDoor:
             self._overloaded(back, f"{self._limit} requests are being answered already")
             return
         try:
-            _check_producer(producer)
+            check_producer(producer)
             self._guard.count(who.name)
             request = self._request(message, model, who)
             self._guard.count_producer(request.producer)
+            if request.durable:
+                elsewhere = f"durable requests go to {self._prefix}/durable/{model}"
+                raise InvalidRequest(f"delivery: {elsewhere}", field="delivery")
         except InferenceError as error:
             self._refuse(back, error)
         except Exception:
@@ -391,7 +394,8 @@ def asker(producer: str) -> Identity:
     return Identity(DOOR, frozenset(("infer",)))
 
 
-def _check_producer(producer: str) -> None:
+def check_producer(producer: str) -> None:
+    """Raises `InvalidRequest` for the last level of a topic that cannot be a producer's name."""
     if len(producer) > MAX_PRODUCER or not producer.isprintable():
         text = f"must be at most {MAX_PRODUCER} printable characters"
         raise InvalidRequest(f"producer: the last level of the topic {text}", field="producer")

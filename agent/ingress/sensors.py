@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ class Sensor:
             "accuracy": section.accuracy,
             "shadow": section.shadow,
         }
+        if section.durable:
+            self._options |= {"delivery": "durable", "latency_class": "batch"}
         if section.deadline_ms is not None:
             self._options["deadline_ms"] = section.deadline_ms
         if section.allowed_regions:
@@ -46,6 +49,10 @@ class Sensor:
 
     def request(self, admission: Admission, payload: bytes, name: str, received: float) -> InferenceRequest:
         """Raises `InvalidRequest` and `UnknownModel`."""
+        request = self._request(admission, payload, name, received)
+        return replace(request, uplink=True) if self.section.uplink else request
+
+    def _request(self, admission: Admission, payload: bytes, name: str, received: float) -> InferenceRequest:
         section = self.section
         if section.format == "raw":
             return admission.from_bytes(

@@ -21,11 +21,21 @@ from paho.mqtt.client import topic_matches_sub
 from agent.core.clock import Clock, SystemClock
 from agent.core.errors import LinkError
 from agent.link.backoff import Backoff
-from agent.link.mqtt_client import LinkFull, LinkOptions, Message, Will, link_options
+from agent.link.mqtt_client import LinkFull, LinkOptions, Message, MessageTooLarge, Will, link_options
 from agent.link.mqtt_connection import MqttConnection
 from agent.wire.mqtt_properties import MessageProperties
 
-__all__ = ["LinkFull", "LinkOptions", "LinkState", "Message", "MessageProperties", "MqttLink", "Will", "link_options"]
+__all__ = [
+    "LinkFull",
+    "LinkOptions",
+    "LinkState",
+    "Message",
+    "MessageProperties",
+    "MessageTooLarge",
+    "MqttLink",
+    "Will",
+    "link_options",
+]
 
 log = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ import contextlib
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ class LinkFull(LinkError):
     """Connected, but as much is on its way as may be."""
 
 
+class MessageTooLarge(LinkError):
+    """The broker takes no message of this size, now or later."""
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message from the broker. `received` is monotonic seconds, taken before anything else is done with it."""
@@ -39,6 +44,12 @@ class Message:
     retain: bool
     properties: MessageProperties
     received: float
+    mid: int = 0
+    """Packet identifier of QoS 1; a message that is sent again in the same session has it again."""
+    again: bool = False
+    """The broker has sent it before, and does not know whether that arrived."""
+    acknowledge: Callable[[], None] | None = None
+    """With `LinkOptions.manual_acknowledgement`: sends the PUBACK, which is then owed by who was called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +90,8 @@ class LinkOptions:
     backoff_initial_s: float = 0.5
     backoff_max_s: float = 60.0
     will: Will | None = None
+    manual_acknowledgement: bool = False
+    """QoS 1 messages are acknowledged by who takes them, not when the callback returns."""
 
 
 def link_options(section: BrokerSection, client_id: str, **settings: Any) -> LinkOptions:
@@ -109,11 +122,14 @@ class PahoClient(paho.Client):
         clock: Clock,
         deliver: Callable[[Message], None],
         acknowledge: Callable[[int, int], None],
+        *,
+        manual: bool = False,
     ) -> None:
         super().__init__(CallbackAPIVersion.VERSION2, client_id, protocol=MQTTProtocolVersion.MQTTv5)
         self._clock = clock
         self._deliver = deliver
         self._acknowledge = acknowledge
+        self._manual = manual
         self.tls_alert: ssl.SSLError | None = None
         """What the broker's TLS said before it closed: with TLS 1.3 it refuses a client's certificate only after the
         client has finished its own part of the handshake."""
@@ -146,8 +162,17 @@ class PahoClient(paho.Client):
             raise ProtocolError(f"a PUBLISH packet with QoS {qos} and topic {topic[:64]!r}")
         properties, offset = MessageProperties.from_bytes(packet, offset)
         payload = bytes(packet[offset:])
-        self._deliver(Message(topic, payload, qos, bool(header & 1), properties, received))
-        return self._send_puback(int.from_bytes(packet[start : start + 2], "big")) if qos else paho.MQTT_ERR_SUCCESS
+        if not qos:
+            self._deliver(Message(topic, payload, qos, bool(header & 1), properties, received))
+            return paho.MQTT_ERR_SUCCESS
+        mid, again = int.from_bytes(packet[start : start + 2], "big"), bool(header & 8)
+        owed = partial(self._puback, mid) if self._manual else None
+        self._deliver(Message(topic, payload, qos, bool(header & 1), properties, received, mid, again, owed))
+        return paho.MQTT_ERR_SUCCESS if self._manual else self._send_puback(mid)
+
+    def _puback(self, mid: int) -> None:
+        if self._sock is not None:  # else the broker sends the message again, to the next connection
+            self._send_puback(mid)
 
     def _handle_pubackcomp(self, cmd: Any) -> MQTTErrorCode:
         packet = self._in_packet["packet"]

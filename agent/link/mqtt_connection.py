@@ -25,7 +25,16 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent.core.clock import Clock
 from agent.core.errors import LinkError
-from agent.link.mqtt_client import LinkFull, LinkOptions, Message, Packed, PahoClient, tls_context, tls_failure
+from agent.link.mqtt_client import (
+    LinkFull,
+    LinkOptions,
+    Message,
+    MessageTooLarge,
+    Packed,
+    PahoClient,
+    tls_context,
+    tls_failure,
+)
 from agent.wire.mqtt_properties import MessageProperties
 
 log = logging.getLogger(__name__)
@@ -68,7 +77,9 @@ class MqttConnection:
 
     def _prepare(self) -> PahoClient:
         options = self.options
-        client = PahoClient(options.client_id, self.clock, self.on_message, self.acknowledge)
+        client = PahoClient(
+            options.client_id, self.clock, self.on_message, self.acknowledge, manual=options.manual_acknowledgement
+        )
         client.max_inflight_messages = 0  # no queue in paho: `publish` refuses instead
         client.connect_timeout = options.connect_timeout_s
         client.on_connect = self._on_connect
@@ -252,7 +263,7 @@ class MqttConnection:
         packed = b"\x00" if properties is None else properties.to_bytes()
         size = HEADER_ROOM + len(topic) * 4 + len(packed) + len(payload)
         if size > self.max_packet_bytes:
-            raise LinkError(f"a message of {size} bytes is more than the broker takes ({self.max_packet_bytes})")
+            raise MessageTooLarge(f"a message of {size} bytes is more than the broker takes ({self.max_packet_bytes})")
         if qos and len(self._unacknowledged) >= self.window:
             raise LinkFull(f"{self.window} messages await the broker's acknowledgement")
         if self._backlog_bytes + size > self.options.max_backlog_bytes and self._backlog_bytes:

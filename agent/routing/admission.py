@@ -44,6 +44,7 @@ _KEYS = frozenset(
         "explain",
         "shadow",
         "metadata",
+        "delivery",
     }
 )
 
@@ -157,7 +158,8 @@ class Admission:
         asked_by: str,
     ) -> InferenceRequest:
         received = self._clock.monotonic() if received is None else received
-        latency_class, budget_s = self._deadline(options)
+        durable = _durable(options)
+        latency_class, budget_s = self._deadline(options, durable=durable)
         variant = _text(options, "variant")
         if variant is not None and variant not in family.variants:
             known = ", ".join(sorted(family.variants))
@@ -177,12 +179,13 @@ class Admission:
             variant=variant,
             producer=producer,
             idempotency_key=_text(options, "idempotency_key"),
-            allowed_regions=self._allowed_regions(producer, _regions(options)),
+            allowed_regions=self.allowed_regions(producer, _regions(options)),
             use_cache=_boolean(options, "use_cache", True),
             accuracy=_accuracy(options, self._accuracy),
             explain=_boolean(options, "explain", False),
             shadow=_boolean(options, "shadow", True),
             metadata=_metadata(options),
+            durable=durable,
             notes=notes,
             out_of_range=bool(notes),
             asked_by=asked_by,
@@ -192,7 +195,7 @@ class Admission:
         """How long a request of this class has that names no deadline of its own."""
         return self._deadlines_s[latency_class]
 
-    def _allowed_regions(self, producer: str, asked: frozenset[str]) -> frozenset[str]:
+    def allowed_regions(self, producer: str, asked: frozenset[str]) -> frozenset[str]:
         """What both the request and the producer's rule allow. Nothing is not the same as no rule: `NO_REGION`."""
         rule = self._producers.get(producer)
         if rule is None or not rule.allowed_regions:
@@ -200,8 +203,9 @@ class Admission:
         allowed = frozenset(rule.allowed_regions)
         return (asked & allowed if asked else allowed) or NO_REGION
 
-    def _deadline(self, options: Mapping[str, Any]) -> tuple[LatencyClass, float]:
-        """Class and seconds: an explicit deadline sets the class, unless both are given."""
+    def _deadline(self, options: Mapping[str, Any], *, durable: bool) -> tuple[LatencyClass, float]:
+        """Class and seconds: an explicit deadline sets the class, unless both are given. Durable requests are batch,
+        and their deadline is that of one try."""
         deadline_ms = _milliseconds(options, "deadline_ms")
         named = _text(options, "latency_class")
         if named is not None:
@@ -209,10 +213,14 @@ class Admission:
                 latency_class = LatencyClass(named)
             except ValueError:
                 _refuse("latency_class", f"must be one of {[c.value for c in LatencyClass]}, found {named[:32]!r}")
+        elif durable:
+            latency_class = LatencyClass.BATCH
         elif deadline_ms is not None:
             latency_class = class_of(deadline_ms, self._limits)
         else:
             latency_class = LatencyClass.INTERACTIVE
+        if durable and latency_class is not LatencyClass.BATCH:
+            _refuse("latency_class", f"must be batch for a durable request, found {latency_class.value}")
         return latency_class, self._deadlines_s[latency_class] if deadline_ms is None else deadline_ms / 1e3
 
 
@@ -307,6 +315,13 @@ def _accuracy(options: Mapping[str, Any], default: AccuracyMode) -> AccuracyMode
         return AccuracyMode(value)
     except ValueError:
         _refuse("accuracy", f"must be one of {[mode.value for mode in AccuracyMode]}, found {_shown(value)}")
+
+
+def _durable(options: Mapping[str, Any]) -> bool:
+    value = options.get("delivery")
+    if value not in (None, "now", "durable"):
+        _refuse("delivery", f"must be now or durable, found {_shown(value)}")
+    return value == "durable"
 
 
 def _regions(options: Mapping[str, Any]) -> frozenset[str]:

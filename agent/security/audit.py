@@ -135,6 +135,17 @@ class Audit:
             fields["attempts"] = [[a.target, self._regions.get(a.target), a.outcome] for a in outcome.attempts]
         self._put("request", fields)
 
+    def accepted(self, request: InferenceRequest, *, duplicate: bool) -> None:
+        """A durable request is on the disk, or was before; what comes of it has a line of its own."""
+        self.act(
+            "accept",
+            outcome="duplicate" if duplicate else "accepted",
+            who=request.asked_by,
+            producer=request.producer,
+            request_id=request.id,
+            model=request.model,
+        )
+
     def refusal(self, fields: Mapping[str, Any]) -> None:
         """What a door turned away: `who`, `from`, `door`, `outcome`, `field`."""
         self._put("refusal", fields)
@@ -144,7 +155,7 @@ class Audit:
         self._put("act", {"what": what, **fields})
 
     def _put(self, kind: str, fields: Mapping[str, Any]) -> None:
-        admitted = kind == "request" and self._section.on_full == "refuse"  # before the queue was full
+        admitted = kind != "refusal" and self._section.on_full == "refuse"  # before the queue was full
         with self._changed:
             if len(self._waiting) >= self._section.queue + (ADMITTED_ROOM if admitted else 0):
                 self._dropped += 1

@@ -1,8 +1,8 @@
 """Answers that were given before: fresh ones save an inference, stale ones are better than none.
 
-Memory decides; the file (`cache_file`) only lets it survive a restart. Ages are monotonic while the daemon runs, so no
-jump of the wall clock changes one. After a restart an age is the difference of wall times, and never negative: a wall
-clock that was set back meanwhile makes an answer look younger by as much.
+Memory decides; the file (`cache_file`) only lets it survive a restart. Ages are monotonic as long as the machine runs,
+over restarts of the daemon too, so no jump of the wall clock changes one. After a reboot an age is the difference of
+wall times, and never negative: a wall clock that was set back meanwhile makes an answer look younger by as much.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Freshness(StrEnum):
 
 
 class Entry(NamedTuple):
-    """An answer as it was given. `created` is monotonic seconds, `created_wall` Unix time."""
+    """An answer as it was given. `created` is monotonic seconds, `created_wall` Unix time without the jumps that the
+    wall clock made since the machine was started."""
 
     variant: str
     model_sha256: str
@@ -93,7 +94,9 @@ class ResultCache:
         self._keep_s = settings.stale_ttl if settings.enable_stale_results else settings.cache_ttl
         self._entries: OrderedDict[CacheKey, Entry] = OrderedDict()
         self._last: OrderedDict[tuple[str, str], Entry] = OrderedDict()
-        self._file = CacheFile(path, settings.max_cache_size) if path is not None else None
+        self._offset = clock.wall() - clock.monotonic()
+        size = settings.max_cache_size
+        self._file = CacheFile(path, size, settings.write_bytes_per_day) if path is not None else None
         # What was found, whether or not the pipeline could use it; what was served, `counters` and the metrics tell.
         self._lookups = {"fresh": 0, "stale": 0, "missed": 0}
         self._counts = {"expired": 0, "evicted": 0}
@@ -102,8 +105,9 @@ class ResultCache:
         """Load what the file has. Never raises for a bad file: `stats` tells."""
         if self._file is None:
             return
-        now, wall = self._clock.monotonic(), self._clock.wall()
-        entries, last = self._file.open(wall - self._keep_s)
+        now, clock = self._clock.monotonic(), self._clock
+        entries, last, self._offset = self._file.open(now, clock.wall(), clock.boot(), self._keep_s)
+        wall = now + self._offset
         for row in entries:
             self._entries[row.model, row.scope, row.digest] = _from_row(row, now, wall)
         for row in last:
@@ -147,6 +151,7 @@ class ResultCache:
 
     def put(self, key: CacheKey, producer: str, result: InferenceResult) -> None:
         """Remember an answer that was just computed. Never raises and never waits for the file."""
+        now = self._clock.monotonic()
         entry = Entry(
             result.variant,
             result.model_sha256,
@@ -156,8 +161,8 @@ class ResultCache:
             result.target,
             result.provider,
             pack_tensors(result.outputs),
-            self._clock.monotonic(),
-            self._clock.wall(),
+            now,
+            now + self._offset,
         )
         last_key = (producer, key[0])
         self._counts["evicted"] += _put(self._entries, key, entry, self._settings.max_cache_size)

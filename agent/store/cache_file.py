@@ -7,11 +7,7 @@ wait in memory, the newest `limit` of them, and are written when it can be again
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import logging
-import os
 import sqlite3
 import threading
 import time
@@ -21,6 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from agent.store.sqlite_file import BUSY_S, FolderLock, check, is_damage, put_aside, words
+from agent.store.write_budget import WriteBudget, written_by_thread, written_since
+
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
@@ -28,16 +27,10 @@ CHUNK = 1024
 """Rows in one transaction, so that what gathered during an outage is written in steps."""
 RETRY_S = 10.0
 """While the file cannot be written: between two tries."""
-SPACE_NEEDED = 1 << 20
-"""Bytes free below which a file system counts as full: SQLite then names other errors too."""
 GATHER_S = 0.25
 """How long the first of a batch waits for others: one commit for all of them spares the flash."""
 CLOSE_S = 5.0
 """How long a close waits for the last batch."""
-KEPT_DAMAGED = 3
-"""Files set aside that are kept; the oldest go."""
-BUSY_S = 2.0
-"""How long SQLite waits for another process that has the file locked, a backup for example."""
 
 _COLUMNS = (
     "scope, model, digest, variant, model_sha256, label, confidence, tier, target, provider, packed, created_wall, crc"
@@ -88,8 +81,9 @@ class Answer(Protocol):
 class CacheFile:
     """Holds at most `limit` rows in each table. Rows are written by a thread of its own."""
 
-    def __init__(self, path: Path, limit: int) -> None:
+    def __init__(self, path: Path, limit: int, write_bytes_per_day: int | None = None) -> None:
         self._path = path
+        self._budget = WriteBudget(write_bytes_per_day, time.monotonic())
         self._limit = limit
         self._entries: dict[tuple[str, str, bytes], Answer] = {}
         self._last: dict[tuple[str, str], Answer] = {}
@@ -100,18 +94,23 @@ class CacheFile:
         self._writing = False
         self._thread: threading.Thread | None = None
         self._connection: sqlite3.Connection | None = None
-        self._lock = -1
+        self._lock = FolderLock(path.parent)
         self._since_prune = 0
         self._lost = 0
         self._counts = {"loaded": 0, "damaged_rows": 0, "written": 0, "dropped": 0, "write_errors": 0}
         self._error: str | None = None
         self._set_aside: str | None = None
 
-    def open(self, oldest_wall: float) -> tuple[Sequence[Row], Sequence[Row]]:
-        """Rows created since `oldest_wall`, oldest first, from both tables; then begin to write."""
+    def open(self, now: float, wall: float, boot: str, keep_s: float) -> tuple[Sequence[Row], Sequence[Row], float]:
+        """Rows of the last `keep_s`, oldest first, from both tables, and what to add to monotonic time to get the wall
+        time that ages are counted by; then begin to write. Of one boot of the machine that wall time is the first one
+        seen, so that no jump of the clock between two starts of the daemon changes an age."""
         tables: tuple[Sequence[Row], ...] = ((), ())
+        offset = wall - now
         try:
             connection = self._connect()
+            offset = _anchor(connection, boot, offset)
+            oldest_wall = now + offset - keep_s
             tables = tuple(self._load(connection, table, oldest_wall) for table in _TABLES)
             self._prune(connection, oldest_wall)
         except (sqlite3.Error, OSError) as error:
@@ -120,7 +119,7 @@ class CacheFile:
         self._counts["loaded"] = sum(map(len, tables))
         self._thread = threading.Thread(target=self._write_behind, name="cache-writer", daemon=True)
         self._thread.start()
-        return tables[0], tables[1]
+        return tables[0], tables[1], offset
 
     def put(self, key: tuple[str, str, bytes], last_key: tuple[str, str], answer: Answer) -> None:
         """Have the answer written, under its key and as the producer's last one."""
@@ -167,6 +166,8 @@ class CacheFile:
             "path": str(self._path),
             "pending": len(self._entries) + len(self._last),
             **self._counts,
+            "bytes_written": self._budget.written,
+            "bytes_per_day": self._budget.bytes_per_day,
             "error": self._error,
             "set_aside": self._set_aside,
         }
@@ -190,12 +191,16 @@ class CacheFile:
                     self._changed.wait_for(lambda: self._entries or self._closing)
                 wait_s = GATHER_S if self._error is None else RETRY_S
                 self._changed.wait_for(lambda: self._hurry or self._closing, wait_s)
+                while not (self._hurry or self._closing) and (wait_s := self._budget.wait_s(time.monotonic())):
+                    self._changed.wait_for(lambda: self._hurry or self._closing, wait_s)
                 entries, self._entries = self._entries, {}
                 last, self._last = self._last, {}
                 self._hurry = False
                 self._writing = True
                 closing = self._closing
+            before = written_by_thread()
             written = self._write(entries, last)
+            self._budget.spend(written_since(before, len(entries) + len(last)))
             with self._changed:
                 if not written:  # The newer answer to the same question is the one to keep.
                     self._entries = {**entries, **self._entries}
@@ -206,7 +211,7 @@ class CacheFile:
                 self._changed.notify_all()
             if closing:
                 self._disconnect()
-                self._unlock()
+                self._lock.release()
                 return
 
     def _write(self, entries: Mapping[tuple[str, str, bytes], Answer], last: Mapping[tuple[str, str], Answer]) -> bool:
@@ -241,7 +246,7 @@ class CacheFile:
     def _failed(self, error: sqlite3.Error | OSError) -> None:
         self._counts["write_errors"] += 1
         self._disconnect()
-        why = _words(error, self._path)
+        why = words(error, self._path)
         if why != self._error:
             log.warning("cache file cannot be used: %s", why, extra={"path": str(self._path)})
         self._error = why
@@ -254,44 +259,21 @@ class CacheFile:
     def _connect(self) -> sqlite3.Connection:
         """Open the file, or a new one if it is damaged. Raises `sqlite3.Error` or `OSError`."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        self._lock.take()
         try:
             self._connection = self._prepare()
         except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise  # Locked, full, read-only: nothing is wrong with what it holds.
-            self._put_aside(error)
+            if not is_damage(error):
+                raise
+            self._set_aside = put_aside(self._path, error, log_too=False).name
             self._connection = self._prepare()
         return self._connection
-
-    def _take_lock(self) -> None:
-        """Have the folder for this process alone, until `close`. Raises `OSError` if another one has it."""
-        if self._lock >= 0:
-            return
-        folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(folder)
-            raise OSError(errno.EBUSY, f"{self._path.parent} is in use by another daemon") from None
-        except OSError:  # A file system without locks, NFS for example: better without one than without a file.
-            os.close(folder)
-            return
-        self._lock = folder
-
-    def _unlock(self) -> None:
-        folder, self._lock = self._lock, -1
-        if folder >= 0:
-            os.close(folder)
 
     def _prepare(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, timeout=BUSY_S, check_same_thread=False)
         connection.text_factory = _decode
         try:
-            faults = [fault for (fault,) in connection.execute("PRAGMA quick_check(1)")]
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if faults != ["ok"] or version not in (0, SCHEMA_VERSION):
-                raise sqlite3.DatabaseError(faults[0] if faults != ["ok"] else f"schema version {version}")
+            check(connection, SCHEMA_VERSION)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")
             with connection:
@@ -304,21 +286,12 @@ class CacheFile:
                         " PRIMARY KEY (scope, model, digest))"
                     )
                     connection.execute(f"CREATE INDEX IF NOT EXISTS {table}_age ON {table} (created_wall)")
+                connection.execute("CREATE TABLE IF NOT EXISTS anchor (boot TEXT NOT NULL, offset REAL NOT NULL)")
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         except BaseException:
             connection.close()
             raise
         return connection
-
-    def _put_aside(self, error: Exception) -> None:
-        aside = self._path.with_name(f"{self._path.name}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
-        self._path.replace(aside)
-        for suffix in ("-wal", "-shm"):
-            self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
-        self._set_aside = aside.name
-        log.warning("cache file is damaged and was set aside: %s", error, extra={"set_aside": str(aside)})
-        for old in sorted(self._path.parent.glob(f"{self._path.name}.damaged-*"))[:-KEPT_DAMAGED]:
-            old.unlink(missing_ok=True)
 
     def _load(self, connection: sqlite3.Connection, table: str, oldest_wall: float) -> Sequence[Row]:
         rows = connection.execute(
@@ -343,25 +316,15 @@ class CacheFile:
                     connection.execute(f"DELETE FROM {table} WHERE created_wall < ?", (oldest_wall,))  # noqa: S608
 
 
-def _words(error: sqlite3.Error | OSError, path: Path) -> str:
-    """What is wrong, in the system's words where SQLite has its own for several causes. No connection is open."""
-    if isinstance(error, OSError):
-        return f"{error.strerror or error}{'' if error.filename is None else f': {error.filename}'}"
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    number = 0
-    with contextlib.suppress(OSError):
-        system = os.statvfs(path.parent)
-        free = system.f_bavail * system.f_frsize
-        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
-            number = errno.ENOSPC if free < SPACE_NEEDED or (system.f_files and not system.f_favail) else 0
-        if not number and code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
-            number = errno.EROFS if system.f_flag & os.ST_RDONLY else 0
-    if not number and code == sqlite3.SQLITE_CANTOPEN:
-        try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
-        except OSError as cause:
-            number = cause.errno or 0
-    return os.strerror(number) if number else str(error)
+def _anchor(connection: sqlite3.Connection, boot: str, offset: float) -> float:
+    """The offset of wall time to monotonic time that was stored in this boot of the machine, else this one."""
+    found = connection.execute("SELECT offset FROM anchor WHERE boot = ?", (boot,)).fetchone()
+    if found is not None and boot:
+        return float(found[0])
+    with connection:
+        connection.execute("DELETE FROM anchor")
+        connection.execute("INSERT INTO anchor VALUES (?, ?)", (boot, offset))
+    return offset
 
 
 def _crc(row: tuple[Any, ...]) -> int:

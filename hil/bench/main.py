@@ -14,7 +14,7 @@ from hil.bench import machine, report
 from hil.bench.report import CannotMeasure, Report
 from hil.processes import StartError
 
-BENCHES = ("pipeline", "decide", "mqtt", "http", "mcu", "wire", "start")
+BENCHES = ("pipeline", "decide", "mqtt", "http", "mcu", "wire", "outbox", "start")
 MIN_SECONDS, MAX_SECONDS = 0.1, 600.0
 EXIT_FAILED, EXIT_USAGE = 1, 2
 

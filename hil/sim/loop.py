@@ -45,6 +45,9 @@ class VirtualClock:
     def wall(self) -> float:
         return START_WALL + self._loop.now
 
+    def boot(self) -> str:
+        return ""
+
 
 class _Jump(selectors.BaseSelector):
     """Instead of waiting `timeout` for a file, lets that time pass. The loop's own wake-up pipe is all it is given."""

@@ -86,6 +86,7 @@ class Fort:
                 "shared_requests": False,
             },
             "sensors": {"sensors/+": {"model": "digits", "latency_class": "interactive"}},
+            "outbox": {"enabled": True, "commit_wait_ms": 0},
             "producers": {"loud": {"rate": {"per_s": 0.5, "burst": 5}}},
             "security": {
                 "tokens": tokens,
@@ -153,7 +154,8 @@ class Fort:
     def written(self) -> Iterator[tuple[Path, bytes]]:
         """Every file that the daemon and the broker wrote."""
         for path in self.stage.folder.rglob("*"):
-            kept = {".key", ".pem", ".yaml", ".sqlite", ".conf"}  # what was given to them, and the cache of answers
+            # What was given to them, the cache of answers, and the outbox.
+            kept = {".key", ".pem", ".yaml", ".sqlite", ".sqlite-wal", ".sqlite-shm", ".conf"}
             if path.is_file() and not kept & set(path.suffixes):
                 yield path, path.read_bytes()
 

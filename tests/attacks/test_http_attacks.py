@@ -84,6 +84,26 @@ def test_valid_ones_are_let_in(fort: Fort, address: str) -> None:
     assert fort.get("/status", by_secret, address).status == 200
 
 
+@pytest.mark.parametrize(("token", "producer"), [("reader", None), ("meter", "clinic")])
+def test_a_durable_request_needs_the_same(fort: Fort, address: str, token: str, producer: str | None) -> None:
+    named = {} if producer is None else {"producer": producer}
+    answer = fort.post({"model": "digits", "inputs": DIGIT, "delivery": "durable", **named}, SECRETS[token], address)
+    assert (answer.status, answer.code) == (403, "forbidden")
+    fort.refused_once(address, "forbidden")
+
+
+def test_a_durable_request_is_of_whoever_has_the_token(fort: Fort) -> None:
+    answer = fort.post({"model": "digits", "inputs": DIGIT, "delivery": "durable"}, SECRETS["meter"])
+    assert (answer.status, answer.body["state"]) == (202, "accepted")
+    request_id = answer.body["request_id"]
+    fort.until(lambda: len(fort.records(request_id=request_id)) == 2, "it is answered")
+    records = fort.records(request_id=request_id)
+    assert [(record["kind"], record["who"], record["producer"]) for record in records] == [
+        ("act", "service:meter", "meter"),
+        ("request", "service:meter", "meter"),
+    ]
+
+
 def test_a_role_that_does_not_suffice(fort: Fort, address: str) -> None:
     answer = fort.get("/status", SECRETS["asker"], address)
     assert (answer.status, answer.code) == (403, "forbidden")

@@ -38,9 +38,11 @@ class Device:
         await self.link.start()
         await until(lambda: self.link.connected, WAIT_S, f"{self.name} is connected")
 
-    async def ask(self, payload: bytes, model: str = "digits", **properties: Any) -> dict[str, Any]:
+    async def ask(
+        self, payload: bytes, model: str = "digits", kind: str = "infer", **properties: Any
+    ) -> dict[str, Any]:
         back = MessageProperties("application/json", response_topic=f"clients/{self.name}/answers", **properties)
-        await self.link.publish_acknowledged(f"edge/fort/infer/{model}/{self.name}", payload, properties=back)
+        await self.link.publish_acknowledged(f"edge/fort/{kind}/{model}/{self.name}", payload, properties=back)
         return await self.answer()
 
     async def answer(self) -> dict[str, Any]:
@@ -100,6 +102,8 @@ async def test_topics_outside_the_access_list(device: Device, fort: Fort) -> Non
         "edge/fort/infer/digits/other",
         "edge/fort/infer/digits",
         f"edge/fort/infer/digits/{device.name}/x",
+        "edge/fort/durable/digits/other",
+        "edge/fort/durable/digits",
         "edge/fort/results/other",
         "edge/fort/status",
         "clients/other/answers",
@@ -145,6 +149,37 @@ async def test_payloads_that_are_wrong(device: Device, payload: bytes, code: str
 async def test_path_tricks_in_model_names(device: Device, model: str) -> None:
     assert (await device.ask(QUESTION, model))["error"]["code"] == "unknown_model"
     device.refused_once("unknown_model")
+
+
+DURABLE = json.dumps({"inputs": DIGIT, "idempotency_key": "d1"}).encode()
+
+
+async def test_a_durable_request_is_on_record_when_it_is_accepted_and_when_it_is_answered(
+    device: Device, fort: Fort
+) -> None:
+    accepted = await device.ask(DURABLE, kind="durable")
+    assert accepted["state"] == "accepted"
+    answer = await device.answer()
+    assert (answer["request_id"], answer["tier"]) == (accepted["request_id"], "edge_gpu")
+    records = fort.records(request_id=accepted["request_id"])
+    assert [(record["kind"], record["outcome"]) for record in records] == [("act", "accepted"), ("request", "ok")]
+    assert {(record["who"], record["producer"]) for record in records} == {(f"mqtt:{device.name}", device.name)}
+
+
+async def test_a_replayed_durable_request_is_answered_once(device: Device, fort: Fort) -> None:
+    await device.ask(DURABLE, kind="durable")
+    await device.answer()
+    assert (await device.ask(DURABLE, kind="durable"))["state"] == "accepted"
+    outcomes = [record["outcome"] for record in fort.records(producer=device.name)]
+    assert outcomes == ["accepted", "ok", "duplicate"]
+
+
+@pytest.mark.parametrize(("payload", "code"), PAYLOADS.values(), ids=PAYLOADS)
+async def test_durable_payloads_that_are_wrong(device: Device, fort: Fort, payload: bytes, code: str) -> None:
+    answer = await device.ask(payload, kind="durable")
+    assert answer["error"]["code"] == code
+    device.refused_once(code)
+    assert fort.records(what="accept", producer=device.name) == []
 
 
 async def test_a_replayed_request_is_answered_once(device: Device, fort: Fort) -> None:

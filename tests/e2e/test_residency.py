@@ -16,7 +16,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from hil.processes import Process, Stage, free_port
 
-RULED, SENSOR = "ward-3", "sensors/ward-4"
+RULED, SENSOR, KEPT = "ward-3", "sensors/ward-4", "kept/+"
 
 
 class Regions:
@@ -50,7 +50,12 @@ class Regions:
                 "mqtt": {"broker": url},
                 "http": {"port": self.http_port},
                 "producers": {RULED: {"allowed_regions": ["eu-west"]}},
-                "sensors": {SENSOR: {"model": "digits", "latency_class": "batch", "allowed_regions": ["eu-west"]}},
+                "sensors": {
+                    SENSOR: {"model": "digits", "latency_class": "batch", "allowed_regions": ["eu-west"]},
+                    KEPT: {"model": "digits", "durable": True, "uplink": True, "use_cache": False},
+                },
+                "outbox": {"enabled": True, "commit_wait_ms": 0},
+                "uplink": {"lane": "us"},
                 "security": {"audit": {"enabled": True, "fsync_s": 0}},
             }
         )
@@ -143,6 +148,23 @@ def test_a_sensor_has_its_regions(regions: Regions) -> None:
         assert client.next()["target"] == "cloud:eu"
     client.close()
     regions.settled(us=0, eu=3)
+
+
+def test_a_rule_holds_over_the_outbox_and_for_the_uplink(regions: Regions) -> None:
+    """The uplink is the lane of us-east: what it may not see is answered, and not passed on."""
+    passed_on = Client(regions.port, "edge-agent/results/regions/#")
+    results = Client(regions.port, "edge/regions/results/#")
+    for name, target in ((RULED, "cloud:eu"), ("free", "cloud:us")):
+        results.publish(KEPT.replace("+", name), json.dumps(regions.new_input()))
+        assert results.next()["target"] == target
+    assert passed_on.next()["producer"] == "free"
+    code, accepted = regions.infer(producer=RULED, delivery="durable", use_cache=False)
+    assert (code, accepted["state"]) == (202, "accepted")
+    assert results.next()["target"] == "cloud:eu"
+    assert passed_on.messages == []
+    for client in (passed_on, results):
+        client.close()
+    regions.settled(us=1, eu=2)
 
 
 def test_an_answer_that_is_here_already_is_served_and_nothing_is_sent(regions: Regions) -> None:

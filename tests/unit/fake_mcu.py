@@ -71,6 +71,9 @@ class LoopClock:
     def wall(self) -> float:
         return 1_700_000_000.0 + self.monotonic()
 
+    def boot(self) -> str:
+        return ""
+
 
 HELLO = Hello(
     major=1,

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from cache_fakes import STALE_S, Models, answer, key, opened, section, value_of
+from cache_fakes import FRESH_S, SHA, STALE_S, Models, answer, key, opened, section, value_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.core.clock import ManualClock
 from agent.core.types import Tier
-from agent.store import cache_file
+from agent.store import cache_file, sqlite_file
+from agent.store.cache import Entry as CacheEntry
 from agent.store.cache import Freshness, ResultCache
+from agent.store.cache_file import CacheFile
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,6 +55,47 @@ def test_a_wall_clock_set_back_makes_no_negative_age(tmp_path: Path) -> None:
     hit = again.get(key(1))
     assert hit is not None and hit.age_s == 0
     again.close()
+
+
+@pytest.mark.parametrize("jump_s", [-365 * 86_400.0, 365 * 86_400.0])
+def test_a_jump_of_the_wall_clock_changes_no_age_while_the_machine_runs(tmp_path: Path, jump_s: float) -> None:
+    """Before an answer, after it, and while the daemon is away."""
+    path = tmp_path / "cache.sqlite"
+    clock = ManualClock(boot="this one")
+    cache = opened(path, clock)
+    cache.put(key(1), "s", answer(0.25))
+    clock.jump(jump_s)
+    clock.advance(3)
+    cache.put(key(2), "s", answer(0.5))
+    hit = cache.get(key(1))
+    assert hit is not None and hit.age_s == pytest.approx(3)
+    cache.close()
+    clock.jump(jump_s)
+    clock.advance(4)
+    again = opened(path, clock)
+    for number, age_s in ((1, 7), (2, 4)):
+        hit = again.get(key(number))
+        assert hit is not None and hit.age_s == pytest.approx(age_s)
+        assert hit.state is Freshness.FRESH
+    clock.advance(FRESH_S)
+    hit = again.get(key(2))
+    assert hit is not None and hit.state is Freshness.STALE
+    again.close()
+
+
+def test_writes_wait_for_their_budget(tmp_path: Path) -> None:
+    file = CacheFile(tmp_path / "cache.sqlite", 100, write_bytes_per_day=1)
+    file.open(0.0, 0.0, "", 100.0)
+    entry = CacheEntry("v", SHA, None, None, Tier.EDGE_GPU, "t", "p", b"", 0.0, 0.0)
+    file.put(("m", "", b"1"), ("s", "m"), entry)
+    assert file.flush()  # who waits for it is not kept waiting
+    assert file.stats()["bytes_written"] > 4096
+    for number in range(200):
+        file.put(("m", "", bytes([number])), ("s", "m"), entry)
+    assert file.stats()["pending"] == 101  # the newest, in memory, until tomorrow
+    assert file.problem() == ""
+    file.close()  # and what is there at the end is written
+    assert file.stats()["pending"] == 0
 
 
 def test_only_the_newest_and_what_is_not_expired_is_loaded(tmp_path: Path) -> None:
@@ -156,7 +199,7 @@ def test_only_a_few_damaged_files_are_kept(tmp_path: Path) -> None:
         (tmp_path / f"cache.sqlite.damaged-2024010{n}T000000Z").write_bytes(b"")
     path.write_bytes(b"garbage" * 1000)
     opened(path, ManualClock()).close()
-    assert len(list(tmp_path.glob("*.damaged-*"))) == cache_file.KEPT_DAMAGED
+    assert len(list(tmp_path.glob("*.damaged-*"))) == sqlite_file.KEPT_DAMAGED
 
 
 def test_a_place_that_cannot_be_written_is_reported_not_raised(tmp_path: Path) -> None:
@@ -235,7 +278,7 @@ def test_the_system_says_what_sqlite_does_not(
     error = sqlite3.OperationalError(text)
     error.sqlite_errorcode = code
     (tmp_path / "cache.sqlite").mkdir()
-    assert cache_file._words(error, tmp_path / "cache.sqlite").startswith(says)
+    assert sqlite_file.words(error, tmp_path / "cache.sqlite").startswith(says)
 
 
 def test_a_second_daemon_runs_without_the_file_until_the_first_has_gone(tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ async def test_a_request_that_is_not_remembered(client: httpx.AsyncClient, reque
 async def test_the_openapi_document(client: httpx.AsyncClient) -> None:
     api = (await client.get("/openapi.json")).json()
     operation = api["paths"]["/infer"]["post"]
-    codes = {"200", "400", "401", "403", "404", "408", "413", "415", "429", "503", "504"}
+    codes = {"200", "202", "400", "401", "403", "404", "408", "413", "415", "429", "503", "504"}
     assert set(operation["responses"]) == codes
     assert set(operation["requestBody"]["content"]) == {"application/json", "application/octet-stream"}
     schemas = api["components"]["schemas"]

@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("agent.registry", "agent.runtimes", "agent.store", "agent.link", "agent.security"),
     ("agent.supervisor", "agent.targets"),
     ("agent.routing",),
-    ("agent.pipeline",),
+    ("agent.pipeline", "agent.durable"),
     ("agent.ingress", "agent.worker"),
     ("agent.app",),
     ("agent.serve",),

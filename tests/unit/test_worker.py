@@ -277,6 +277,8 @@ def test_answer_store_is_bounded_in_number_age_and_bytes() -> None:
     assert store.get(0, 3.0) is None
     assert store.get(2, 11.9) is not None
     assert store.get(2, 12.0) is None
+    store.put("long", _Reply("ok", b"x"), now=20.0, until=99.0)  # its request may come again for so long
+    assert store.get("long", 98.0) is not None
     store.put("later", _Reply("ok", b"x"), now=100.0)
     assert len(store) == 1
     for number in range(3):

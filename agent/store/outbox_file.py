@@ -1,0 +1,411 @@
+"""The outbox's file: SQLite with a write-ahead log, synced at every commit. One thread writes, another may read.
+
+Each batch of changes is one transaction. Rows carry a checksum, as SQLite checks its own structure only. Ages are
+counted in running time of the daemon, which is stored with every commit: no wall clock takes part.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+from agent.config import OutboxSection
+from agent.core.errors import InvalidRequest, OutboxFull
+from agent.store.sqlite_file import BUSY_S, check
+
+SCHEMA_VERSION = 1
+ROW_BYTES = 160
+"""Counted for each row on top of what it holds: its columns, and its places in the indexes."""
+REMEMBERED_PER_ROW = 4
+"""Keys remembered for each row that the outbox may hold, so that a repeat is known after its item was delivered."""
+PURGE_SHARE = 16
+"""The remembered keys are looked through after this part of them was added."""
+BY_PRODUCER = "ask"
+"""The route whose items are looked for by producer. Those of every other are looked for in their order."""
+
+Step: TypeAlias = Callable[[str], None]
+
+
+class Item(NamedTuple):
+    """What is to be kept. `head` says what is to be done with `body`; the outbox reads neither.
+
+    `key`: how a repeat of it is known, for this producer; None: it is never one. `repeat` False says that it cannot be
+    a repeat, whatever is remembered of the key.
+    """
+
+    route: str
+    producer: str
+    id: str
+    head: bytes
+    body: bytes
+    key: str | None = None
+    repeat: bool = True
+    question: bytes = b""
+    """What was asked under the key, in short: another question under the same key is refused."""
+
+    @property
+    def size(self) -> int:
+        return ROW_BYTES + len(self.head) + len(self.body)
+
+
+class Stored(NamedTuple):
+    """An item in its place. `created` is in running time. `whole`: its checksum is right."""
+
+    seq: int
+    route: str
+    producer: str
+    id: str
+    head: bytes
+    body: bytes
+    created: float
+    whole: bool
+
+    @property
+    def size(self) -> int:
+        return ROW_BYTES + len(self.head) + len(self.body)
+
+
+class Receipt(NamedTuple):
+    """`seqs` are where the items are, in their order. `id` is the one under which it was first stored, `duplicate`
+    says that this was before. Empty and no duplicate: what was to be replaced is there no more, so nothing was stored.
+    """
+
+    seqs: tuple[int, ...]
+    id: str
+    duplicate: bool = False
+
+
+@dataclass(slots=True)
+class Put:
+    """Store items, all or none of them. `replaces`: in place of that row, whose id they have and whose key the first
+    one inherits."""
+
+    items: Sequence[Item]
+    replaces: int | None = None
+
+
+@dataclass(slots=True)
+class Remove:
+    """Delete a row. `why` is counted: `delivered`, `undeliverable`, `damaged`."""
+
+    seq: int
+    why: str
+
+
+@dataclass(slots=True)
+class Expire:
+    """Delete rows of a route (not of `BY_PRODUCER`) created before `before`, at most `limit` of them."""
+
+    route: str
+    before: float
+    limit: int = 1000
+
+
+Change: TypeAlias = Put | Remove | Expire
+Outcome: TypeAlias = Receipt | OutboxFull | InvalidRequest | None
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the file holds, by route, and what has happened to it."""
+
+    rows: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
+    events: Counter[str] = field(default_factory=Counter)
+
+    def copy(self) -> Tally:
+        return Tally(self.rows.copy(), self.bytes.copy(), self.events.copy())
+
+
+class OutboxFile:
+    """`first_seq` keeps numbers of a file that was set aside from being used again. Raises `sqlite3.Error`."""
+
+    def __init__(self, path: Path, settings: OutboxSection, step: Step, *, first_seq: int, checked: bool) -> None:
+        self._settings = settings
+        self._step = step
+        self._connection = sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False, isolation_level=None)
+        self._run = self._connection.execute
+        try:
+            if not checked:
+                check(self._connection, SCHEMA_VERSION)
+            self._prepare()
+            self._remembered = 0
+            self._pending: list[tuple[object, ...]] = []
+            self.tally = Tally()
+            for route, rows, size in self._connection.execute("SELECT route, rows, bytes FROM totals"):
+                self.tally.rows[route], self.tally.bytes[route] = rows, size
+            self._rows, self._bytes = self.tally.rows.total(), self.tally.bytes.total()
+            (self.running_s,) = self._connection.execute("SELECT running_s FROM clock").fetchone()
+            (highest,) = self._connection.execute("SELECT MAX(seq) FROM items").fetchone()
+            self.highest = max(first_seq, highest or 0)
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def _prepare(self) -> None:
+        run = self._connection.execute
+        run("PRAGMA journal_mode = WAL")
+        run("PRAGMA synchronous = FULL")
+        run("BEGIN IMMEDIATE")
+        run(
+            "CREATE TABLE IF NOT EXISTS items (seq INTEGER PRIMARY KEY, route TEXT NOT NULL, producer"
+            " TEXT NOT NULL, id TEXT NOT NULL, created REAL NOT NULL, key TEXT, crc INTEGER NOT NULL,"
+            " head BLOB NOT NULL, body BLOB NOT NULL)"
+        )
+        run(f"CREATE INDEX IF NOT EXISTS items_producer ON items (producer) WHERE route = '{BY_PRODUCER}'")
+        run(f"CREATE INDEX IF NOT EXISTS items_route ON items (route) WHERE route <> '{BY_PRODUCER}'")
+        run(
+            "CREATE TABLE IF NOT EXISTS known (producer TEXT NOT NULL, key TEXT NOT NULL, id TEXT NOT NULL,"
+            " question BLOB NOT NULL, created REAL NOT NULL, PRIMARY KEY (producer, key)) WITHOUT ROWID"
+        )
+        run("CREATE TABLE IF NOT EXISTS totals (route TEXT PRIMARY KEY, rows INTEGER NOT NULL, bytes INTEGER NOT NULL)")
+        run("CREATE TABLE IF NOT EXISTS clock (running_s REAL NOT NULL)")
+        if run("SELECT 1 FROM clock").fetchone() is None:
+            run("INSERT INTO clock VALUES (0)")
+        run(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        run("COMMIT")
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def apply(self, changes: Sequence[Change], running_s: float) -> list[Outcome]:
+        """One transaction for all. When this returns, they are on the disk. Raises `sqlite3.Error`: none of them is."""
+        run = self._connection.execute
+        before, self.tally = self.tally, self.tally.copy()
+        self._pending.clear()
+        highest = self.highest
+        try:
+            run("BEGIN IMMEDIATE")
+            self._step("begun")
+            outcomes = self._all_new(changes, running_s)
+            if outcomes is None:
+                outcomes = [
+                    self._put(change, running_s) if type(change) is Put else self._change(change) for change in changes
+                ]
+            self._flush()
+            run("UPDATE clock SET running_s = ?", (running_s,))
+            for route, rows in self.tally.rows.items():
+                if (rows, self.tally.bytes[route]) != (before.rows[route], before.bytes[route]):
+                    run("INSERT OR REPLACE INTO totals VALUES (?, ?, ?)", (route, rows, self.tally.bytes[route]))
+            self._step("written")
+            run("COMMIT")
+        except BaseException:
+            self.tally, self.highest = before, highest
+            self._rows, self._bytes = before.rows.total(), before.bytes.total()
+            raise
+        self._step("committed")
+        self.running_s = running_s
+        return outcomes
+
+    def _all_new(self, changes: Sequence[Change], running_s: float) -> list[Outcome] | None:
+        """The common case in two statements instead of two for each item: nothing but new items, for all of which there
+        is room. None: it is another case, and nothing was changed."""
+        items = [change.items[0] for change in changes if type(change) is Put and len(change.items) == 1]
+        sizes = [item.size for item in items]
+        if (
+            len(items) < len(changes)
+            or any(change.replaces is not None for change in changes if type(change) is Put)
+            or any(item.key is None or not item.repeat for item in items)
+            or self._rows + len(items) > self._settings.max_rows
+            or self._bytes + sum(sizes) > self._settings.max_bytes
+        ):
+            return None
+        run = self._run
+        run("SAVEPOINT new")
+        known = [(item.producer, item.key, item.id, item.question, running_s) for item in items]
+        added = self._connection.executemany("INSERT INTO known VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", known)
+        if added.rowcount < len(items):
+            run("ROLLBACK TO new")
+            run("RELEASE new")
+            return None
+        run("RELEASE new")
+        self.tally.events["accepted"] += len(items)
+        self._count_remembered(len(items), running_s)
+        return [
+            Receipt((self._insert(item, running_s, item.key, size),), item.id)
+            for item, size in zip(items, sizes, strict=True)
+        ]
+
+    def _change(self, change: Change) -> Outcome:
+        if isinstance(change, Remove):
+            self._delete("seq = ?", (change.seq,), change.why, forget=change.why != "delivered")
+        elif isinstance(change, Expire):
+            self._expire(change)
+        return None
+
+    def _put(self, put: Put, running_s: float) -> Outcome:
+        first = put.items[0]
+        if put.replaces is not None:
+            gone = self._delete("seq = ?", (put.replaces,), "answered")
+            if not gone:
+                return Receipt((), first.id)
+            key = gone[0]
+        else:
+            key = first.key
+            before = self._remember(first, running_s)
+            if isinstance(before, InvalidRequest):
+                return before
+            if before is not None:
+                self.tally.events["duplicate"] += 1
+                return Receipt((), before, True)
+            refusal = self._make_room(put.items)
+            if refusal is not None:
+                self._forget(first.producer, key, first.id)
+                self.tally.events["refused"] += 1
+                return refusal
+            self.tally.events["accepted"] += 1
+        seqs = []
+        for item in put.items:
+            seqs.append(self._insert(item, running_s, key, item.size))
+            key = None
+        return Receipt(tuple(seqs), first.id)
+
+    def _insert(self, item: Item, running_s: float, key: str | None, size: int) -> int:
+        """Its place. It is written with others, before the next change that might look for it."""
+        self.highest = seq = self.highest + 1
+        crc = _crc(item, running_s)
+        self._pending.append((seq, item.route, item.producer, item.id, running_s, key, crc, item.head, item.body))
+        self.tally.rows[item.route] += 1
+        self.tally.bytes[item.route] += size
+        self._rows += 1
+        self._bytes += size
+        return seq
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._connection.executemany("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", self._pending)
+            self._pending.clear()
+            self._step("inserted")
+
+    def _delete(self, where: str, values: Sequence[object], why: str, *, forget: bool = False) -> list[str | None]:
+        """The keys they had. `forget`: they were not delivered, so that a repeat is to be taken again."""
+        self._flush()
+        rows = self._connection.execute(
+            f"DELETE FROM items WHERE {where} RETURNING route, length(head) + length(body), producer, key, id",  # noqa: S608
+            values,
+        ).fetchall()
+        for route, size, producer, key, id_ in rows:
+            self.tally.rows[route] -= 1
+            self.tally.bytes[route] -= ROW_BYTES + size
+            self._rows -= 1
+            self._bytes -= ROW_BYTES + size
+            self.tally.events[why] += 1
+            if forget:
+                self._forget(producer, key, id_)
+        return [key for *_, key, _ in rows]
+
+    def _expire(self, expire: Expire) -> None:
+        self._flush()
+        # Later rows are younger: what comes before the first that is young enough is too old.
+        young = self._connection.execute(
+            f"SELECT seq FROM items INDEXED BY items_route WHERE route <> '{BY_PRODUCER}' AND route = ?"  # noqa: S608
+            " AND created >= ? ORDER BY seq LIMIT 1",
+            (expire.route, expire.before),
+        ).fetchone()
+        old = f"SELECT seq FROM items INDEXED BY items_route WHERE route <> '{BY_PRODUCER}' AND route = ? AND seq < ?"  # noqa: S608
+        where = f"seq IN ({old} ORDER BY seq LIMIT ?)"
+        values = (expire.route, young[0] if young is not None else self.highest + 1, expire.limit)
+        self._delete(where, values, "expired", forget=True)
+
+    def _make_room(self, items: Sequence[Item]) -> OutboxFull | None:
+        """None: there is room now, by the policy."""
+        settings, size = self._settings, items[0].size if len(items) == 1 else sum(item.size for item in items)
+        if size > settings.max_bytes or len(items) > settings.max_rows:
+            return OutboxFull(f"{size} bytes are more than the outbox may hold ({settings.max_bytes})")
+        while self._rows + len(items) > settings.max_rows or self._bytes + size > settings.max_bytes:
+            if settings.full == "reject":
+                held = f"{self._rows} items of {self._bytes} bytes"
+                return OutboxFull(f"the outbox is full: it holds {held}", retry_after_s=10.0)
+            if not self._delete("seq = (SELECT MIN(seq) FROM items)", (), "dropped", forget=True):
+                break
+        return None
+
+    def _remember(self, item: Item, running_s: float) -> str | InvalidRequest | None:
+        """The id under which it was stored before; None: it was not, and is remembered from now on."""
+        if item.key is None:
+            return None
+        run = self._run
+        row = (item.producer, item.key, item.id, item.question, running_s)
+        if not item.repeat:
+            run("INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?, ?)", row)
+        elif not run("INSERT INTO known VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", row).rowcount:
+            id_, question = run(
+                "SELECT id, question FROM known WHERE producer = ? AND key = ?", (item.producer, item.key)
+            ).fetchone()
+            if question != item.question:
+                return InvalidRequest("idempotency_key: was used for another question before", field="idempotency_key")
+            return str(id_)
+        self._count_remembered(1, running_s)
+        return None
+
+    def _count_remembered(self, more: int, running_s: float) -> None:
+        self._remembered += more
+        if self._remembered * PURGE_SHARE > REMEMBERED_PER_ROW * self._settings.max_rows:
+            self._remembered = 0
+            self._purge(running_s)
+
+    def _forget(self, producer: str, key: str | None, id_: str) -> None:
+        if key is not None:  # by its id as well: it may be another item's meanwhile
+            self._connection.execute(
+                "DELETE FROM known WHERE producer = ? AND key = ? AND id = ?", (producer, key, id_)
+            )
+
+    def _purge(self, running_s: float) -> None:
+        """Keys are remembered twice as long as an item may live, and in a bounded number."""
+        latest = self._connection.execute(
+            "SELECT created FROM known ORDER BY created DESC LIMIT 1 OFFSET ?",
+            (REMEMBERED_PER_ROW * self._settings.max_rows,),
+        ).fetchone()
+        oldest = running_s - 2 * self._settings.max_age_s
+        self._connection.execute(
+            "DELETE FROM known WHERE created < ?", (oldest if latest is None else max(oldest, latest[0]),)
+        )
+
+
+def page(
+    connection: sqlite3.Connection, route: str, after: int, rows: int, max_bytes: int, producer: str | None = None
+) -> list[Stored]:
+    """The next items of a route, or of one producer on it, oldest first: at most `rows`, and not many more than
+    `max_bytes`."""
+    found, size = [], 0
+    # A single range of an index, whose entries end with seq: nothing is sorted, however much there is.
+    if route != BY_PRODUCER:
+        among = f"INDEXED BY items_route WHERE route <> '{BY_PRODUCER}' AND route = ?1"
+    elif producer is not None:
+        among = f"INDEXED BY items_producer WHERE route = '{BY_PRODUCER}'"
+    else:
+        among = "WHERE route = ?1"
+    if producer is not None:
+        among += " AND producer = ?2"
+    for seq, name, id_, created, crc, head, body in connection.execute(
+        "SELECT seq, producer, id, created, crc, COALESCE(CAST(head AS BLOB), x''), COALESCE(CAST(body AS BLOB), x'')"  # noqa: S608
+        f" FROM items {among} AND seq > ?3 ORDER BY seq LIMIT ?4",
+        (route, producer, after, rows),
+    ):
+        whole = crc == _crc(Item(route, name, id_, head, body), created)
+        found.append(Stored(seq, route, name, id_, head, body, created, whole))
+        size += found[-1].size
+        if size >= max_bytes:
+            break
+    return found
+
+
+def producers(connection: sqlite3.Connection) -> list[str]:
+    """Everybody who has an item on the route `BY_PRODUCER`. One step in the index for each, however many they have."""
+    among = f"items INDEXED BY items_producer WHERE route = '{BY_PRODUCER}'"
+    rows = connection.execute(
+        f"WITH RECURSIVE each(name) AS (SELECT MIN(producer) FROM {among} UNION ALL"  # noqa: S608
+        f" SELECT (SELECT MIN(producer) FROM {among} AND producer > name) FROM each"
+        " WHERE name IS NOT NULL) SELECT name FROM each WHERE name IS NOT NULL"
+    )
+    return [name for (name,) in rows]
+
+
+def _crc(item: Item, created: float) -> int:
+    named = f"{item.route} {item.producer} {item.id} {created!r}".encode()
+    return zlib.crc32(item.body, zlib.crc32(item.head, zlib.crc32(named)))

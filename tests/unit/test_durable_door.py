@@ -1,0 +1,164 @@
+"""The durable door as the guard's: who asks, how often, as which producer, and what is put on record of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from mqtt_fakes import FakeCore
+
+from agent.config import LimitsSection, MqttSection, ProducerSection, RateSection, SecuritySection, SensorSection
+from agent.core.clock import ManualClock
+from agent.core.errors import AuditUnavailable, InferenceError
+from agent.core.types import InferenceRequest
+from agent.durable.records import Return
+from agent.ingress.durable import DurableDoor
+from agent.link.mqtt import Message, MessageProperties
+from agent.security.access import Guard
+from agent.store.outbox import Receipt
+from agent.telemetry.metrics import Metrics
+from tests.brokers import until
+
+READING = json.dumps([1, 2, 3, 4]).encode()
+QUESTION = json.dumps({"inputs": [1, 2, 3, 4]}).encode()
+
+
+class FakeLink:
+    """Keeps what is subscribed to and published."""
+
+    def __init__(self) -> None:
+        self.callbacks: dict[str, Callable[[Message], None]] = {}
+        self.published: list[tuple[str, str, dict[str, Any]]] = []
+
+    def on_state(self, listener: object) -> None:
+        pass
+
+    async def subscribe(self, topic: str, callback: Callable[[Message], None], **_: Any) -> None:
+        self.callbacks[topic] = callback
+
+    def publish(self, topic: str, payload: bytes, *, properties: MessageProperties) -> None:
+        self.published.append((topic, properties.get("status") or "", json.loads(payload)))
+
+
+class FakeDesk:
+    def __init__(self) -> None:
+        self.link = FakeLink()
+        self.accepted: list[InferenceRequest] = []
+        self.fault: InferenceError | None = None
+
+    async def accept(self, request: InferenceRequest, back: Return, key: str | None, *, repeat: bool) -> Receipt:
+        if self.fault is not None:
+            raise self.fault
+        self.accepted.append(request)
+        return Receipt((len(self.accepted),), f"id{len(self.accepted)}")
+
+
+class Rig:
+    def __init__(self, *, shared: bool = True) -> None:
+        self.clock = ManualClock()
+        limits = LimitsSection(identity=RateSection(per_s=1, burst=3), producer=RateSection(per_s=100, burst=100))
+        producers = {"slow": ProducerSection(rate=RateSection(per_s=1, burst=1))}
+        self.guard = Guard(SecuritySection(limits=limits), self.clock, producers)
+        self.desk = FakeDesk()
+        section = MqttSection(shared_requests=shared, max_payload_bytes=1024)
+        sensors = {"plant/+": SensorSection(model="toy", durable=True)}
+        self.door = DurableDoor(FakeCore(), self.desk, section, sensors, "gw", Metrics(), self.guard)  # type: ignore[arg-type]
+        self.acknowledged = 0
+
+    def _acknowledge(self) -> None:
+        self.acknowledged += 1
+
+    async def send(self, topic: str, payload: bytes = QUESTION) -> tuple[str, dict[str, Any]] | None:
+        """Status and document of what is told; None: nothing, it was accepted."""
+        before = self.acknowledged
+        levels = topic.split("/")
+        (callback,) = [
+            callback
+            for topic_filter, callback in self.desk.link.callbacks.items()
+            if len(topic_filter.split("/")) == len(levels)
+            and all(a in ("+", b) for a, b in zip(topic_filter.split("/"), levels, strict=True))
+        ]
+        told = len(self.desk.link.published)
+        message = Message(
+            topic, payload, 1, False, MessageProperties(), self.clock.monotonic(), 7, acknowledge=self._acknowledge
+        )
+        callback(message)
+        await until(lambda: self.acknowledged > before, what="the PUBACK")
+        if len(self.desk.link.published) == told:
+            return None
+        _, status, document = self.desk.link.published[-1]
+        return status, document
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[Rig]:
+    rig = Rig()
+    await rig.door.start()
+    yield rig
+    await asyncio.wait_for(rig.door.close(), 5)
+
+
+async def test_who_asks_is_the_producer_in_the_topic(rig: Rig) -> None:
+    assert await rig.send("edge/gw/durable/toy/m7") is None
+    assert await rig.send("edge/gw/durable/toy") is None
+    assert await rig.send("plant/press", READING) is None
+    who = [(request.asked_by, request.producer, request.durable) for request in rig.desk.accepted]
+    assert who == [("mqtt:m7", "m7", True), ("mqtt", "anonymous", True), ("sensor:press", "press", True)]
+
+
+async def test_nobody_asks_as_another(rig: Rig) -> None:
+    told = await rig.send("edge/gw/durable/toy/m7", json.dumps({"inputs": [1, 2, 3, 4], "producer": "m8"}).encode())
+    assert told is not None
+    assert (told[0], told[1]["error"]["field"]) == ("forbidden", "producer")
+    told = await rig.send("edge/gw/durable/toy/" + "m" * 129)
+    assert told is not None
+    assert (told[0], told[1]["error"]["field"]) == ("invalid_request", "producer")
+    assert rig.desk.accepted == []
+    assert rig.guard.refusals == {"forbidden": 1, "invalid_request": 1}
+
+
+async def test_an_identity_beyond_its_rate(rig: Rig) -> None:
+    outcomes = [await rig.send("edge/gw/durable/toy/m7") for _ in range(4)]
+    assert outcomes[:3] == [None] * 3
+    assert outcomes[3] is not None
+    assert outcomes[3][0] == "rate_limited"
+    assert await rig.send("edge/gw/durable/toy/m8") is None, "another one's rate is its own"
+    rig.clock.advance(1.0)
+    assert await rig.send("edge/gw/durable/toy/m7") is None
+    assert rig.guard.refusals == {"rate_limited": 1}
+
+
+@pytest.mark.parametrize(("topic", "payload"), [("edge/gw/durable/toy/slow", QUESTION), ("plant/slow", READING)])
+async def test_a_producer_beyond_its_rate(rig: Rig, topic: str, payload: bytes) -> None:
+    assert await rig.send(topic, payload) is None
+    told = await rig.send(topic, payload)
+    assert told is not None
+    assert told[0] == "rate_limited"
+    assert len(rig.desk.accepted) == 1
+
+
+async def test_the_shared_topic_can_be_closed() -> None:
+    rig = Rig(shared=False)
+    await rig.door.start()
+    told = await rig.send("edge/gw/durable/toy")
+    assert told is not None
+    assert told[0] == "forbidden"
+    assert await rig.send("edge/gw/durable/toy/m7") is None
+
+
+async def test_what_the_desk_refuses_is_on_record_too(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    rig.desk.fault = AuditUnavailable("the audit trail cannot be written")
+    told = await rig.send("edge/gw/durable/toy/m7")
+    assert told is not None
+    assert told[0] == "audit_unavailable"
+    (record,) = [record for record in caplog.records if record.message == "request refused"]
+    assert (record.__dict__["door"], record.__dict__["who"]) == ("durable", "mqtt:m7")
+
+
+async def test_too_large_is_refused_before_it_is_read(rig: Rig) -> None:
+    told = await rig.send("edge/gw/durable/toy/m7", b"[" * 1025)
+    assert told is not None
+    assert told[0] == "too_large"
