@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from agent.config import Config
 from hil.bench import machine
 from hil.sim import crowd, figures, judge, page, plots, setting, tables, validate, workloads
+from hil.sim.figures import Figures
 from hil.sim.hindsight import ORACLE
 from hil.sim.judge import Verdict
-from hil.sim.play import Run, Stage, play
+from hil.sim.play import Scenario, Stage, play
 from hil.sim.setting import say
-from hil.sim.strategies import ALWAYS_CLOUD, BASELINES, OURS
+from hil.sim.side_by_side import side_by_side
+from hil.sim.strategies import ALWAYS_CLOUD, BASELINES, OURS, Strategy
 
 SCHEMA = 1
 STRATEGIES = (*BASELINES, OURS, ORACLE)
@@ -70,30 +73,44 @@ def _workloads(
     replayed = [workloads.recorded(stage, config, seed) for seed in seeds]
     played[workloads.RECORDED] = replayed[0][0], [scenario for _, scenario in replayed]
     for name, (on, (first, *more)) in played.items():
-        runs = {strategy.name: play(on, first, config, strategy) for strategy in STRATEGIES}
-        rows = {row: figures.of_courses(run.courses) for row, run in runs.items()}
-        ours = runs[OURS.name]
+        wanted = [(strategy, first) for strategy in STRATEGIES]
+        if name != workloads.DISTURBED:
+            wanted += [(strategy, scenario) for scenario in more for strategy in (OURS, ALWAYS_CLOUD)]
+        tellings = side_by_side([partial(_told, on, scenario, config, strategy) for strategy, scenario in wanted])
+        rows = {one.strategy: one for one in tellings[: len(STRATEGIES)]}
         say()
         say(name)
-        for line in tables.table(rows):
+        for line in tables.table({row: one.every for row, one in rows.items()}):
             say(line)
         results[name] = {
-            "strategies": {row: found.to_dict() for row, found in rows.items()},
-            "classes": {row: found.to_dict() for row, found in figures.by_class(ours).items()},
+            "strategies": {row: one.every.to_dict() for row, one in rows.items()},
+            "classes": {row: found.to_dict() for row, found in rows[OURS.name].classes.items()},
         }
         if name != workloads.DISTURBED:
-            pairs = [(ours, runs[ALWAYS_CLOUD.name])]
-            pairs += [(play(on, one, config, OURS), play(on, one, config, ALWAYS_CLOUD)) for one in more]
-            verdicts[name] = judge.over_seeds([_judged(*pair) for pair in pairs])
+            ours, cloud = ([one for one in tellings if one.strategy == of.name] for of in (OURS, ALWAYS_CLOUD))
+            verdicts[name] = judge.over_seeds([_judged(*pair) for pair in zip(ours, cloud, strict=True)])
             _print(f"what must hold: {name}", verdicts[name])
     return results, verdicts
 
 
-def _judged(ours: Run, cloud: Run) -> list[Verdict]:
-    every, of_cloud = figures.of_courses(ours.courses), figures.of_courses(cloud.courses)
-    *found, accuracy = judge.routing(every, figures.by_class(ours)["near"], of_cloud)
-    beside = f"{accuracy.beside}; {judge.wrong(ours.courses, cloud.courses)}"
-    return [*found, replace(accuracy, beside=beside)]
+class _Told(NamedTuple):
+    """One run in figures."""
+
+    strategy: str
+    every: Figures
+    classes: Mapping[str, Figures]
+    wrong: judge.Wrong
+
+
+def _told(stage: Stage, scenario: Scenario, config: Config, strategy: Strategy) -> _Told:
+    run = play(stage, scenario, config, strategy)
+    return _Told(strategy.name, figures.of_courses(run.courses), figures.by_class(run), judge.wrong(run.courses))
+
+
+def _judged(ours: _Told, cloud: _Told) -> list[Verdict]:
+    *found, accuracy = judge.routing(ours.every, ours.classes["near"], cloud.every)
+    wrong = f"{accuracy.beside}; wrong answers: {ours.wrong.text}; always cloud: {sum(cloud.wrong)}"
+    return [*found, replace(accuracy, beside=wrong)]
 
 
 def _crowds(stage: Stage, config: Config) -> tuple[dict[str, Any], list[Verdict]]:

@@ -120,21 +120,30 @@ def routing(ours: Figures, near: Figures, cloud: Figures) -> list[Verdict]:
     ]
 
 
-def wrong(ours: Sequence[Course], cloud: Sequence[Course]) -> str:
-    """Whose answers were wrong: ours by what they came of, and always asking the cloud."""
-    realtime = stale = others = 0
-    for course in ours:
-        if course.right is False:
-            if tier_of(course) is Tier.FALLBACK:
-                stale += 1
-            elif course.ask.kind.latency_class is LatencyClass.REALTIME:
-                realtime += 1
-            else:
-                others += 1
-    return (
-        f"wrong answers: {realtime} to realtime requests, which have no time for the cloud; {stale} stale ones; "
-        f"{others} others; always cloud: {sum(course.right is False for course in cloud)}"
+class Wrong(NamedTuple):
+    """Wrong answers by what they came of."""
+
+    realtime: int
+    stale: int
+    others: int
+
+    @property
+    def text(self) -> str:
+        return (
+            f"{self.realtime} to realtime requests, which have no time for the cloud; {self.stale} stale ones; "
+            f"{self.others} others"
+        )
+
+
+def wrong(courses: Sequence[Course]) -> Wrong:
+    """Stale answers count as such, whatever the class."""
+    found = [course for course in courses if course.right is False]
+    stale = sum(tier_of(course) is Tier.FALLBACK for course in found)
+    realtime = sum(
+        course.ask.kind.latency_class is LatencyClass.REALTIME and tier_of(course) is not Tier.FALLBACK
+        for course in found
     )
+    return Wrong(realtime, stale, len(found) - realtime - stale)
 
 
 def lines(title: str, verdicts: Sequence[Verdict]) -> list[str]:
