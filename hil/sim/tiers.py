@@ -110,7 +110,7 @@ class Times:
 
 
 def load(path: Path = MEASURED) -> Times:
-    """Raises `CannotMeasure` if the file is missing or not one of ours."""
+    """Raises `CannotMeasure` if the file is not one of ours, `OSError` if it cannot be read."""
     try:
         document = json.loads(path.read_text())
         if document["schema"] != SCHEMA:

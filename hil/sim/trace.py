@@ -17,6 +17,7 @@ from hil.sim.setting import Misuse
 
 SCHEMA = 1
 OK = "ok"
+_KEYS = {"header": ("schema", "models", "targets"), "request": ("at", "request", "stages", "outcome")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +80,13 @@ def read(path: Path) -> Trace:
         try:
             document = json.loads(line)
             kind = document["kind"]
+            lacking = [key for key in _KEYS.get(kind, ()) if key not in document]
         except (ValueError, KeyError, TypeError) as error:
             skipped += 1
             wrong = wrong or f"line {number}: {_fault(error)}"
             continue
+        if lacking:
+            raise Misuse(f"{path}: is no trace: line {number}: its {kind} has no `{lacking[0]}`")
         if kind == "header":
             if document["schema"] > SCHEMA:
                 raise Misuse(f"{path}:{number}: schema {document['schema']}; this version reads up to {SCHEMA}")

@@ -43,8 +43,8 @@ def test_what_makes_no_sense_is_refused(options: list[str], why: str, capsys: py
 
 def test_times_that_are_not_there_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = tmp_path / "tiers.json"
-    assert cli.main(["simulate", "--times", str(missing)]) == 1
-    assert f"{missing}: no measured times" in capsys.readouterr().err
+    assert cli.main(["simulate", "--times", str(missing)]) == 2
+    assert f"{missing}: no such file" in capsys.readouterr().err
 
 
 def test_the_other_benchmarks_are_still_there(capsys: pytest.CaptureFixture[str]) -> None:

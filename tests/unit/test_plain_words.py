@@ -30,6 +30,8 @@ def test_a_trace_that_is_not_there_or_none(capsys: pytest.CaptureFixture[str], t
         (b"\xff\x80\xff\n", "line 1: is not text"),
         (b'{"kind": "header", "sch', "line 1: is not JSON, or cut off, at column 20"),
         (b"{}\n", "line 1: has no `kind`, as every line of a trace has"),
+        (b'{"kind": "header", "schema": 1}', "line 1: its header has no `models`"),
+        (b'{"kind": []}', "line 1: has no `kind`, as every line of a trace has"),
         (b"", "it has no header"),
     ):
         other = tmp_path / "other"
