@@ -89,7 +89,7 @@ def crowd(stage: Stage, config: Config, requests: int = CROWD, *, patient: bool 
         kind = kinds[int(index)]
         asks.append(Ask(number, 0.0, kind, number, int(rng.integers(len(stage.samples[kind.family])))))
     before = resident_bytes()
-    run = play(stage, Scenario(asks, seed=seed), config)
+    run = play(stage, Scenario(asks, seed=seed, one_by_one=False), config)  # all are read, at once
     return _told(run, run.most_bytes - before)
 
 

@@ -56,6 +56,8 @@ class Scenario:
     known: Mapping[tuple[str, str], Mapping[int, Known]] = field(default_factory=dict)
     fresh_only: bool = True
     """The cache never knows an input again."""
+    one_by_one: bool = True
+    """The daemon reads one request after the other, as its event loop does. False: what it takes includes that wait."""
 
     def asks(self, samples: Mapping[str, Samples]) -> Sequence[Ask]:
         if not isinstance(self.load, Load):
@@ -125,7 +127,7 @@ async def _play(stage: Stage, scenario: Scenario, config: Config, strategy: Stra
         weather=scenario.weather,
         known=scenario.known,
     )
-    player = _Player(world, config, strategy, fresh_only=scenario.fresh_only)
+    player = _Player(world, config, strategy, fresh_only=scenario.fresh_only, one_by_one=scenario.one_by_one)
     running: set[asyncio.Task[None]] = set()
     for ask in asks:
         await asyncio.sleep(ask.at_s - loop.time())
@@ -140,7 +142,7 @@ async def _play(stage: Stage, scenario: Scenario, config: Config, strategy: Stra
 class _Player:
     """The daemon without its doors, and the book of what became of each request."""
 
-    def __init__(self, world: World, config: Config, strategy: Strategy, *, fresh_only: bool) -> None:
+    def __init__(self, world: World, config: Config, strategy: Strategy, *, fresh_only: bool, one_by_one: bool) -> None:
         self._world = world
         self._strategy = strategy
         self._hindsight = Hindsight(world, config.routing)
@@ -154,6 +156,8 @@ class _Player:
             world.catalog, router, cache, Metrics(), world.clock, config.routing, accuracy=accuracy
         )
         self._budgets_s = class_budgets(config.routing.latency_thresholds)
+        self._one_by_one = one_by_one
+        self._busy_until = 0.0
         self.run = Run()
 
     async def ask(self, ask: Ask) -> None:
@@ -175,7 +179,9 @@ class _Player:
             use_cache=kind.use_cache,
             accuracy=kind.accuracy if self._strategy.cascades else AccuracyMode.ACCEPTABLE,
         )
-        await asyncio.sleep(self._world.own_s(ask.number, kind.family, kind.latency_class))
+        own_s = self._world.own_s(ask.number, kind.family, kind.latency_class)
+        self._busy_until = max(received, self._busy_until if self._one_by_one else 0.0) + own_s
+        await asyncio.sleep(self._busy_until - received)
         best = self._hindsight.best(request, received + budget_s)
         outcome: InferenceResult | InferenceError
         right = None

@@ -87,6 +87,7 @@ def tell(recorded: Trace, stage: Stage, config: Config, seed: int) -> tuple[dict
         weather=rebuilt.weather,
         known=rebuilt.known,
         fresh_only=False,
+        one_by_one=False,
     )
     again = play(played, scenario, config, _as_recorded(recorded))
     other = play(played, scenario, config, OURS)

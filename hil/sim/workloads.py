@@ -38,5 +38,7 @@ def recorded(stage: Stage, config: Config, seed: int, path: Path = TRACE) -> tup
     found = trace.read(path)
     trace.check_models(found, stage.catalog)
     world = rebuild(found, stage.catalog, stage.samples, stage.times, config)
-    scenario = Scenario(world.asks, seed=seed, places=world.places, weather=world.weather, known=world.known)
+    scenario = Scenario(
+        world.asks, seed=seed, places=world.places, weather=world.weather, known=world.known, one_by_one=False
+    )
     return Stage(stage.catalog, world.samples, world.times), scenario
