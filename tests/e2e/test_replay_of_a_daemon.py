@@ -52,5 +52,6 @@ def test_a_file_that_is_no_trace_is_named(tmp_path: Path, capsys: pytest.Capture
     path = tmp_path / "notes.txt"
     path.write_text("hello\n")
     assert cli.main(["replay", str(path)]) == 2
-    assert "holds no recorded request" in capsys.readouterr().err
-    assert cli.main(["replay", str(tmp_path / "nothing")]) == 1
+    assert "is no trace: line 1" in capsys.readouterr().err
+    assert cli.main(["replay", str(tmp_path / "nothing")]) == 2
+    assert "no such file" in capsys.readouterr().err

@@ -154,7 +154,7 @@ async def test_what_the_desk_refuses_is_on_record_too(rig: Rig, caplog: pytest.L
     told = await rig.send("edge/gw/durable/toy/m7")
     assert told is not None
     assert told[0] == "audit_unavailable"
-    (record,) = [record for record in caplog.records if record.message == "request refused"]
+    (record,) = [record for record in caplog.records if record.message == "turned away"]
     assert (record.__dict__["door"], record.__dict__["who"]) == ("durable", "mqtt:m7")
 
 
