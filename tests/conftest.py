@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Generator
+from typing import Any
+
 import pytest
 from fakes import FakeTarget, make_catalog
 from hypothesis import settings
@@ -15,6 +19,24 @@ from agent.routing.router import Router
 # Examples are cheap here, machines are not: a gateway's own CPU may be as slow as the slowest of them.
 settings.register_profile("edge", deadline=None, print_blob=True)
 settings.load_profile("edge")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Python 3.11 cannot parse source while it parses source (gh-106905): a finaliser that logs a traceback while that
+    of a failed test is formatted would end the whole run."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """A failure is told at once: a run that is cut off has said what was wrong."""
+    if report.failed:
+        print(f"\nFAILED {report.nodeid} ({report.when})\n{report.longreprtext[-1500:]}", flush=True)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -392,7 +393,8 @@ async def _reap(child: _Child, grace_s: float) -> None:
         async with asyncio.timeout(grace_s):
             await process.wait()
     except TimeoutError:
-        process.kill()
+        with suppress(ProcessLookupError):  # It ended while the limit ran out.
+            process.kill()
         await process.wait()
     await child.listening
     if process.returncode not in (0, -signal.SIGKILL) and child.said:
