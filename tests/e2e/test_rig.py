@@ -19,7 +19,7 @@ from hil.rig.suite import SUITE
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = "7"
-LIMIT_S = 400
+LIMIT_S = 600
 EMULATED = (
     "handshake",
     "timing/error bound",
