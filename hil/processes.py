@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import shutil
 import signal
 import socket
@@ -26,8 +27,10 @@ START_LIMIT_S = 20.0
 STOP_LIMIT_S = 8.0
 POLL_S = 0.02
 LOG_TAIL = 2000
+PORTS = range(20000, 32768)
 PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
+_claims: list[socket.socket] = []
 
 
 class StartError(Exception):
@@ -35,11 +38,21 @@ class StartError(Exception):
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    """A TCP port on loopback that nobody listens on, and that stays ours until this process ends, also while what
+    listens there is restarted: it is below the ports of outgoing connections (Linux begins them at 32768), and claimed
+    among all processes that ask here, by a name that the kernel gives to one of them only (unix(7), abstract)."""
+    for port in random.sample(PORTS, len(PORTS)):
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0edge-agent-port-{port}")
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            claim.close()
+            continue
+        _claims.append(claim)
         return port
+    raise StartError(f"no free port from {PORTS.start} to {PORTS.stop - 1}")
 
 
 class Process:

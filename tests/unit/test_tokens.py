@@ -277,12 +277,14 @@ def test_addresses() -> None:
     assert network("10.0.0.7") == "10.0.0.7"
 
 
-@pytest.mark.parametrize("shown", [f"bearer {TOKEN}", f"Bearer {TOKEN}"])
+@pytest.mark.parametrize("shown", [f"bearer {TOKEN}", f"Bearer {TOKEN}"], ids=["small", "large"])
 def test_a_token_in_the_header(clock: ManualClock, shown: str) -> None:
     assert guard(clock, tokens=TOKENS).bearer(shown, "10.0.0.7", "gw.example").name == "service:meter"
 
 
-@pytest.mark.parametrize("shown", ["", "Bearer", "Bearer ", f"Basic {TOKEN}", TOKEN, f"Bearer  {TOKEN}", "Bearer \xe4"])
+@pytest.mark.parametrize(
+    "shown", ["", "Bearer", "Bearer ", f"Basic {TOKEN}", TOKEN, f"Bearer  {TOKEN}", "Bearer \xe4"], ids=range(7)
+)
 def test_headers_that_hold_none(clock: ManualClock, shown: str) -> None:
     """Also from this machine: whoever shows a token means it."""
     for tokens in (TOKENS, ()):
