@@ -149,15 +149,21 @@ class Stage:
         self._processes.append(process)
         return process
 
-    def broker(self, name: str, port: int) -> Process:
-        """A broker on loopback: mosquitto if it is installed, else the rumqttd wheel."""
+    def broker(self, name: str, port: int, persistent: bool = False) -> Process:
+        """A broker on loopback: mosquitto if it is installed, else the rumqttd wheel. `persistent`: mosquitto writes
+        what it keeps to a file after every change."""
         executable = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
         if executable:
             config = self.folder / f"{name}.conf"
             # Started by root, mosquitto would become another user, and with that forget to end with its parent.
             user = "user root\n" if os.geteuid() == 0 else ""
+            kept = (
+                f"persistence true\npersistence_file {name}.db\npersistence_location {self.folder}/\n"
+                "autosave_on_changes true\nautosave_interval 1\nmax_queued_messages 0\n"
+            )
             config.write_text(
-                f"listener {port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\npersistence false\n{user}"
+                f"listener {port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\n{user}"
+                f"{kept if persistent else 'persistence false'}\n"
             )
             command = [executable, "-c", str(config)]
         else:

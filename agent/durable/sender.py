@@ -195,6 +195,7 @@ class Sender:
             self._step("acknowledged by the broker")
             self.counters.delivered += 1
             self.counters.unheard += result == NOT_HEARD
+            log.debug("delivered", extra={"route": self.route, "id": stored.id, "monotonic_s": self._clock.monotonic()})
             self._backoff.succeeded()
             self._outbox.remove(stored.seq, "delivered")
         elif result in NEVER:
