@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from agent import __version__
-from agent.config import Config
+from agent.build import build_targets, build_trace
 from agent.core.clock import Clock
 from agent.core.errors import ConfigError, InferenceError
-from agent.core.streamed import Streamed
 from agent.core.types import AccuracyMode, InferenceRequest, InferenceResult
 from agent.durable.desk import Desk, no_outbox
 from agent.ingress.durable import DurableDoor
@@ -24,7 +23,6 @@ from agent.ingress.mqtt import MqttDoor
 from agent.ingress.streams import StreamDoor
 from agent.pipeline import Pipeline
 from agent.registry.accuracy import Accuracies, Alarm
-from agent.registry.catalog import Catalog
 from agent.routing.admission import Admission
 from agent.routing.budget import budget_of
 from agent.routing.limits import limits_of
@@ -34,14 +32,13 @@ from agent.runtimes.base import RuntimeUnavailable
 from agent.security.access import Guard
 from agent.security.audit import Audit
 from agent.security.certificates import LOOK_S, Watch, certificate_files
+from agent.settings import Reloads, Settings
 from agent.store.budget_file import BudgetFile
 from agent.store.cache import ResultCache
 from agent.supervisor import Component, ComponentState, Supervisor
-from agent.targets.base import Target
 from agent.telemetry.load import LoadSampler
 from agent.telemetry.metrics import Metrics
 from agent.telemetry.story import Stories
-from agent.telemetry.trace import TraceFile, trace_header
 
 log = logging.getLogger(__name__)
 
@@ -51,60 +48,29 @@ STALL_S = 10.0
 """A supervised task that has not gone round its loop for this long keeps the watchdog from being fed."""
 
 
-def build_targets(
-    config: Config, catalog: Catalog, clock: Clock, deliver: Callable[[Streamed], None] = lambda sample: None
-) -> list[Target]:
-    """Every configured tier. A new tier is one file in `targets/` and one line here. `deliver` gets what boards sample
-    themselves. Raises `ConfigError` for a stream of a model that is not in the catalogue.
+class Heritage(NamedTuple):
+    """What outlives a reload: the counters, when the daemon was started, the door that stays open, how often and
+    how it was reloaded."""
 
-    Imports happen here because a tier that is not configured need not take memory.
-    """
-    sizes = config.routing.model_size_thresholds
-    targets: list[Target] = []
-    if config.edge_mcu.enabled and config.edge_mcu.ports:
-        from agent.targets.mcu import McuTarget
-
-        unknown = [stream for stream in config.edge_mcu.streams if stream.model not in catalog.families]
-        if unknown:
-            raise ConfigError([f"edge_mcu.streams: {stream.name}: no model {stream.model!r}" for stream in unknown])
-        mcu_bytes = sizes.edge_mcu * 1e6
-        targets.append(McuTarget(config.edge_mcu, catalog, clock, max_bytes=mcu_bytes, deliver=deliver))
-    if config.edge_gpu.enabled:
-        from agent.targets.gateway import GatewayTarget
-
-        targets.append(GatewayTarget(config.edge_gpu, catalog, clock, max_bytes=sizes.edge_gpu * 1e6))
-    for lane in config.cloud.lanes:
-        from agent.targets.cloud import CloudLane
-
-        targets.append(CloudLane(lane, config.gateway.id, catalog, clock, max_bytes=sizes.cloud * 1e6))
-    return targets
-
-
-def build_trace(config: Config, catalog: Catalog, targets: Sequence[Target], clock: Clock) -> TraceFile | None:
-    """Where requests are recorded; None: nowhere."""
-    section = config.monitoring
-    if section.record is None:
-        return None
-    header = {"gateway": config.gateway.id, "version": __version__, "started": clock.wall()}
-    return TraceFile(
-        section.record,
-        header | trace_header(catalog, (target.traits for target in targets)),
-        started=clock.monotonic(),
-        payload=section.record_payload,
-        max_bytes=section.record_max_bytes,
-        files=section.record_files,
-    )
+    metrics: Metrics
+    started: float
+    reloads: Reloads
+    listener: socket.socket | None = None
 
 
 class App:
-    """The daemon. `ingress.base.Core` for its doors."""
+    """The daemon, with one configuration. `ingress.base.Core` for its doors."""
 
-    def __init__(self, config: Config, catalog: Catalog, clock: Clock) -> None:
+    def __init__(self, settings: Settings, clock: Clock, heritage: Heritage | None = None) -> None:
+        config, catalog = settings
+        heritage = heritage or Heritage(Metrics(), clock.monotonic(), Reloads(clock))
+        self._settings = settings
         self._config = config
         self._catalog = catalog
         self._clock = clock
-        self._started = clock.monotonic()
-        self.metrics = Metrics()
+        self._heritage = heritage
+        self.metrics = heritage.metrics
+        self.reloads = heritage.reloads
         self.supervisor = Supervisor(clock)
         self.load = LoadSampler()
         self.targets = build_targets(config, catalog, clock, lambda sample: self.streams.take(sample))
@@ -239,7 +205,8 @@ class App:
         return {
             "gateway": self._config.gateway.id,
             "version": __version__,
-            "uptime_s": round(self._clock.monotonic() - self._started, 3),
+            "uptime_s": round(self._clock.monotonic() - self._heritage.started, 3),
+            "settings": self.reloads.status(),
             "ready": ready,
             "reason": reason,
             "targets": targets,
@@ -274,7 +241,7 @@ class App:
 
     def _parts(self) -> list[dict[str, Any]]:
         """The doors and the store as components."""
-        parts: list[dict[str, Any]] = []
+        parts: list[dict[str, Any]] = [self.reloads.component()]
         if self._config.http.enabled:
             parts.append({"name": "http door", "state": "up", "reason": ""})
         if self.mqtt:
@@ -307,9 +274,8 @@ class App:
         self.cache.open()
         if self.audit:
             self.audit.open()
-            configuration = hashlib.sha256(self._config.model_dump_json().encode()).hexdigest()
             self.supervisor.watch("audit", lambda: self.audit is None or self.audit.alive)
-            self.audit.act("start", version=__version__, configuration=configuration)
+            self.audit.act("start", version=__version__, configuration=self._settings.digest())
         self.accuracies.load()
         if self.trace is not None:
             self.trace.start()
@@ -334,13 +300,24 @@ class App:
 
     async def _open_doors(self) -> None:
         if self._config.http.enabled:
-            port = await self.http.start()
+            port = await self.http.start(self._heritage.listener)
             log.info("http door open", extra={"host": self._config.http.host, "port": port})
         if self.mqtt:
             await self.mqtt.start()
             self.supervisor.watch("mqtt", lambda: self.mqtt is not None and self.mqtt.alive)
         if self.desk:
             await self.desk.start(self.supervisor)
+
+    def acted(self, act: str, **what: Any) -> None:
+        """Put an administrative act on record."""
+        if self.audit:
+            self.audit.act(act, **what)
+
+    def heritage(self, successor: Settings) -> Heritage:
+        """For the next one, before this one is stopped. The door stays open where it stays the same."""
+        ours, theirs = self._config.http, successor.config.http
+        same = ours.enabled and theirs.enabled and (ours.host, ours.port) == (theirs.host, theirs.port)
+        return self._heritage._replace(listener=self.http.hand_over() if same else None)
 
     async def stop(self) -> None:
         """Doors first, then what is in flight, then the targets, then the store."""

@@ -85,21 +85,10 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from agent.config_load import cautions, load_config
-    from agent.registry.catalog import load_catalog
-    from agent.registry.locate import catalog_path
+    from agent.config_load import cautions
+    from agent.settings import load_settings
 
-    config = load_config(args.config)
-    catalog = load_catalog(catalog_path(config.models.catalog))
-    named = {f"sensors.{topic}": sensor.model for topic, sensor in config.sensors.items()}
-    named |= {f"edge_mcu.streams.{index}": stream.model for index, stream in enumerate(config.edge_mcu.streams)}
-    unknown = [
-        f"{args.config}: {at}.model: must be one of {sorted(catalog.families)}, found {model!r}"
-        for at, model in named.items()
-        if model not in catalog.families
-    ]
-    if unknown:
-        raise ConfigError(unknown)
+    config = load_settings(args.config).config
     for caution in cautions(config):
         print(f"{args.config}: note: {caution}", file=sys.stderr)
     parts = (

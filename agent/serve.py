@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from agent.app import App
-from agent.config import Config
-from agent.config_load import load_config
 from agent.core.clock import SystemClock
 from agent.core.errors import ConfigError, LinkError
-from agent.registry.catalog import Catalog, load_catalog
-from agent.registry.locate import catalog_path
 from agent.sdnotify import Notifier
+from agent.settings import Settings, changes, load_settings
 from agent.supervisor import Component, ComponentState
 from agent.telemetry import events
 
@@ -27,39 +24,128 @@ log = logging.getLogger(__name__)
 def run(path: Path | None) -> int:
     """Load the configuration, run until SIGTERM or SIGINT. Returns the exit code."""
     os.umask(0o077)  # state, traces and trail hold what callers asked: nobody else's to read
-    config = load_config(path)
-    catalog = load_catalog(catalog_path(config.models.catalog))
-    handler = events.setup(config.monitoring.log_level, config.monitoring.log_format)
+    settings = load_settings(path)
+    _log_as(settings)
     try:
-        return _loop_runner()(_serve(config, catalog))
+        return _loop_runner()(Service(path).serve(settings))
     finally:
-        handler.close()
+        for handler in logging.getLogger().handlers:
+            handler.close()
 
 
-async def _serve(config: Config, catalog: Catalog) -> int:
-    notifier = Notifier()
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    app = App(config, catalog, SystemClock())
-    try:
-        await app.start()
-    except (ConfigError, LinkError) as error:
-        log.error("cannot start", extra={"reason": str(error)})
-        await app.supervisor.stop()  # before its tasks have begun, and say so
+class Service:
+    """One `App` after the other: SIGHUP makes the next one, if what it is to be made of is right."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._notifier = Notifier()
+        self._clock = SystemClock()
+        self._stop = asyncio.Event()
+        self._reload = asyncio.Event()
+        self._asked = asyncio.Event()
+
+    async def serve(self, settings: Settings) -> int:
+        """Until SIGTERM or SIGINT. Returns the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._ask, self._stop)
+        loop.add_signal_handler(signal.SIGHUP, self._ask, self._reload)
+        app: App | None = App(settings, self._clock)
+        assert app is not None
+        app.reloads.begin(settings)
+        try:
+            await self._start(app)
+        except (ConfigError, LinkError) as error:
+            log.error("cannot start", extra={"reason": str(error)})
+            return 2 if isinstance(error, ConfigError) else 1
+        self._notifier.ready("serving")
+        names = [target.traits.name for target in app.targets]
+        log.info("ready", extra={"gateway": settings.config.gateway.id, "targets": names})
+        while app is not None and await self._again():
+            app, settings = await self._renew(app, settings)
+        if app is None:
+            return 1
+        self._notifier.stopping("draining")
+        log.info("stopping")
         await app.stop()
-        return 2 if isinstance(error, ConfigError) else 1
-    if notifier.watchdog_s:
-        app.supervisor.spawn("watchdog", lambda component: _feed(notifier, app, component))
-    notifier.ready("serving")
-    log.info("ready", extra={"gateway": config.gateway.id, "targets": [target.traits.name for target in app.targets]})
-    await stop.wait()
-    notifier.stopping("draining")
-    log.info("stopping")
-    await app.stop()
-    log.info("stopped")
-    return 0
+        log.info("stopped")
+        return 0
+
+    def _ask(self, what: asyncio.Event) -> None:
+        what.set()
+        self._asked.set()
+
+    async def _again(self) -> bool:
+        """Wait for a signal: True if it asks for a reload. Several that came meanwhile are one."""
+        await self._asked.wait()
+        self._asked.clear()
+        self._reload.clear()
+        return not self._stop.is_set()
+
+    async def _start(self, app: App) -> None:
+        """Raises `ConfigError` or `LinkError`, and leaves nothing running."""
+        try:
+            await app.start()
+        except (ConfigError, LinkError):
+            await app.supervisor.stop()  # before its tasks have begun, and say so
+            await app.stop()
+            raise
+        if self._notifier.watchdog_s:
+            app.supervisor.spawn("watchdog", lambda component: _feed(self._notifier, app, component))
+
+    async def _renew(self, app: App, old: Settings) -> tuple[App | None, Settings]:
+        """The daemon with the settings that are on the disk now, or the former one as if nothing had been."""
+        self._notifier.reloading()
+        try:
+            new = await asyncio.to_thread(load_settings, self._path)
+        except ConfigError as error:
+            self._refuse(app, list(error.problems))
+            return app, old
+        changed = changes(old, new)
+        if not changed:
+            app.reloads.took(new)
+            log.info("reloaded", extra={"changed": "nothing"})
+            self._notifier.ready("serving")
+            return app, old
+        try:
+            successor = App(new, self._clock, app.heritage(new))
+        except ConfigError as error:
+            self._refuse(app, list(error.problems))
+            return app, old
+        await app.stop()
+        _log_as(new)
+        try:
+            await self._start(successor)
+        except (ConfigError, LinkError) as error:
+            return await self._go_back(successor, old, error)
+        successor.reloads.took(new)
+        successor.acted("reload", changed=changed)
+        log.info("reloaded", extra={"changed": changed})
+        self._notifier.ready("serving")
+        return successor, new
+
+    async def _go_back(self, failed: App, old: Settings, error: ConfigError | LinkError) -> tuple[App | None, Settings]:
+        """The new one could not start, for a reason that only a start can tell: the former one is started again."""
+        _log_as(old)
+        app = App(old, self._clock, failed.heritage(old))
+        try:
+            await self._start(app)
+        except (ConfigError, LinkError) as worse:
+            log.error("cannot start again", extra={"reason": str(worse), "after": str(error)})
+            return None, old
+        self._refuse(app, list(error.problems) if isinstance(error, ConfigError) else [str(error)])
+        return app, old
+
+    def _refuse(self, app: App, faults: list[str]) -> None:
+        app.reloads.refuse(faults)
+        app.acted("reload refused")
+        for fault in faults:
+            log.error("reload refused", extra={"reason": fault})
+        self._notifier.ready("serving; the last reload was refused")
+
+
+def _log_as(settings: Settings) -> None:
+    events.setup(settings.config.monitoring.log_level, settings.config.monitoring.log_format)
 
 
 async def _feed(notifier: Notifier, app: App, component: Component) -> None:

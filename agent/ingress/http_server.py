@@ -57,12 +57,14 @@ class HttpServer:
             self._context,
         )
         self._task: asyncio.Task[None] | None = None
+        self._listener: socket.socket | None = None
 
-    async def start(self) -> int:
-        """Bind, begin to serve, return the port. Raises `LinkError`."""
-        listener = self._bind()
+    async def start(self, listener: socket.socket | None = None) -> int:
+        """Begin to serve at `listener`, or bind first; return the port. Raises `LinkError`."""
+        self._listener = listener = listener or self._bind()
         self.port = listener.getsockname()[1]
-        self._task = asyncio.create_task(self._server.serve(sockets=[listener]), name="http-server")
+        # The server closes what it is given; who connects while this one stops and the next one starts waits meanwhile.
+        self._task = asyncio.create_task(self._server.serve(sockets=[listener.dup()]), name="http-server")
         up = asyncio.create_task(self._server.up.wait())
         await asyncio.wait((self._task, up), return_when=asyncio.FIRST_COMPLETED)
         if not up.done():
@@ -86,6 +88,14 @@ class HttpServer:
         if cancelled:
             await asyncio.wait(cancelled, timeout=1)
         self._task = None
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+    def hand_over(self) -> socket.socket | None:
+        """Take the listening socket away, before `stop`: it stays open, for the next server."""
+        listener, self._listener = self._listener, None
+        return listener
 
     def renew_certificate(self) -> bool:
         """Use what is in the certificate's files for new connections, if they have changed. Raises `ConfigError` if

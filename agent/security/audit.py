@@ -20,6 +20,7 @@ from typing import Any, get_args
 from agent.config import AuditField, AuditSection
 from agent.core.clock import Clock
 from agent.core.errors import AuditUnavailable, InferenceError
+from agent.core.lasting import lasting_thread
 from agent.core.types import InferenceRequest, InferenceResult
 from agent.security.audit_file import AuditFiles, audit_files
 from agent.security.jwts import read_key_file, require_secret
@@ -86,8 +87,7 @@ class Audit:
 
     def open(self) -> None:
         """Begin to write; a disk that fails shows in `problem`, and is tried again."""
-        self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
-        self._thread.start()
+        self._thread = lasting_thread("audit", self._run)
 
     def close(self) -> None:
         """Write what waits, for at most five seconds, and force it to the disk."""

@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from agent.core.lasting import lasting_thread
 from agent.store.sqlite_file import BUSY_S, FolderLock, check, is_damage, put_aside, words
 from agent.store.write_budget import WriteBudget, written_by_thread, written_since
 
@@ -117,8 +118,7 @@ class CacheFile:
             self._failed(error)
         self._disconnect()
         self._counts["loaded"] = sum(map(len, tables))
-        self._thread = threading.Thread(target=self._write_behind, name="cache-writer", daemon=True)
-        self._thread.start()
+        self._thread = lasting_thread("cache-writer", self._write_behind)
         return tables[0], tables[1], offset
 
     def put(self, key: tuple[str, str, bytes], last_key: tuple[str, str], answer: Answer) -> None:

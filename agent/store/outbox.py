@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 from agent.config import OutboxSection
 from agent.core.clock import Clock
 from agent.core.errors import InferenceError, NotStored, OutboxFull
+from agent.core.lasting import lasting_thread
 from agent.store.outbox_file import (
     BY_PRODUCER,
     Change,
@@ -54,6 +54,8 @@ T = TypeVar("T")
 BATCH = 1024
 """Changes in one transaction."""
 RETRY_S = 1.0
+FAILED_S = 0.01
+"""Between two batches that the disk did not take."""
 """While the file cannot be used: between two tries."""
 CLOSE_S = 10.0
 CHECKING = "being checked"
@@ -114,6 +116,7 @@ class Outbox:
         self._opened_at = 0.0
         self._running_s = 0.0
         self._highest = 0
+        self._at_hand: Sequence[_Waiting] = ()
         self._error: str | None = CHECKING
         self._events: Counter[str] = Counter(dict.fromkeys(EVENTS, 0))
         self._rows: Counter[str] = Counter()
@@ -124,8 +127,7 @@ class Outbox:
 
     def start(self) -> None:
         """Begin to open the file; returns at once."""
-        self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
-        self._thread.start()
+        self._thread = lasting_thread("outbox", self._run)
 
     def put(self, items: Sequence[Item], done: Done, *, replaces: int | None = None) -> None:
         """Store all of them or none, and call `done` with a `Receipt` when they are on the disk, else with the reason
@@ -255,6 +257,12 @@ class Outbox:
     # --- the thread ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        """The thread's work, until it is closed. Called again if it raised: the file is opened anew then, and who waits
+        for what was at hand is told that nobody knows."""
+        if self._at_hand:
+            self._disconnect()
+            self._not_taken(self._at_hand, NotStored("the outbox failed while it was being written", retry_after_s=1.0))
+            self._at_hand = ()
         while True:
             if self._suspect:
                 self._suspect = self._checked = False
@@ -272,11 +280,13 @@ class Outbox:
                 self._puts -= sum(waiting.done is not None for waiting in batch)
                 self._hurry = False
                 ending = self._closing and (not self._queue or self._file is None)
+            self._at_hand = batch
             failed = bool(batch) and not self._commit(batch)
+            self._at_hand = ()
             if ending:
                 break
-            if failed:
-                time.sleep(0.01)  # A try for each batch, but not thousands of them in a second.
+            if failed:  # A try for each batch, but not thousands of them in a second.
+                threading.Event().wait(FAILED_S)
         closed = NotStored("the outbox was closed before it could be written")
         self._tell([(waiting.done, closed) for waiting in self._queue if waiting.done])
         self._disconnect()
@@ -295,12 +305,7 @@ class Outbox:
             outcomes = self._file.apply([waiting.change for waiting in batch], self.running_s())
         except (sqlite3.Error, OSError) as error:
             why = self._failed(error)
-            self._events["failed"] += sum(waiting.done is not None for waiting in batch)
-            with self._changed:  # What was only to be deleted is deleted later: it is not to be sent again.
-                again = [waiting for waiting in batch if isinstance(waiting.change, Remove)]
-                self._queue.extendleft(reversed(again))
-            refused = f"the disk did not take it: {why}"
-            self._tell([(waiting.done, NotStored(refused, retry_after_s=10.0)) for waiting in batch if waiting.done])
+            self._not_taken(batch, NotStored(f"the disk did not take it: {why}", retry_after_s=10.0))
             return False
         self._publish_tally()
         told: Told = []
@@ -318,6 +323,13 @@ class Outbox:
         if fresh:
             self._deliver(lambda: self.stored(fresh))
         return True
+
+    def _not_taken(self, batch: Sequence[_Waiting], why: NotStored) -> None:
+        """Tell who waited. What was only to be deleted is deleted later: it is not to be sent again."""
+        self._events["failed"] += sum(waiting.done is not None for waiting in batch)
+        with self._changed:
+            self._queue.extendleft(reversed([waiting for waiting in batch if isinstance(waiting.change, Remove)]))
+        self._tell([(waiting.done, why) for waiting in batch if waiting.done])
 
     def _tell(self, told: Told) -> None:
         if told:

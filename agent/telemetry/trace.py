@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import queue
 import threading
 import time
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from pydantic_core import to_json
 
+from agent.core.lasting import lasting_thread
 from agent.core.types import InferenceRequest, Tensors
 from agent.telemetry.story import Story
 
@@ -85,8 +87,7 @@ class TraceFile:
         """Why lines cannot be written, in the system's words; empty if they can."""
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._write_all, name="trace-writer", daemon=True)
-        self._thread.start()
+        self._thread = lasting_thread("trace-writer", self._write_all)
 
     def put(self, request: InferenceRequest, story: Story) -> None:
         """Have a request written. On the event loop; never waits."""
@@ -137,7 +138,7 @@ class TraceFile:
             if time.monotonic() >= flush_at or len(self._lines) >= MAX_LINES:
                 self._flush()
                 flush_at = None
-            time.sleep(0)  # lets the event loop have the interpreter: a long queue must not hold it for milliseconds
+            os.sched_yield()  # lets the event loop have the interpreter: a long queue must not hold it for milliseconds
         self._flush()
         self._shut()
 

@@ -63,6 +63,7 @@ def _broker(site: Site, kill: bool) -> Iterator[None]:
     """The gateway's own; away until the daemon has it again."""
     begun = time.monotonic()
     if kill:
+        site.windows.add("broker killed", begun, begun)
         site.broker.kill()
     else:
         site.broker.pause()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 GRACE_S = 0.1
@@ -42,12 +44,16 @@ class Kept:
 
 
 class Stalls:
-    """How late this machine wakes somebody who wants to be woken: what it takes from everybody."""
+    """What the machine takes from us: how late it wakes somebody who wants to be woken, and how long the daemon was
+    ready to run while others ran (`run_delay` of /proc/PID/schedstat, of the thread with the event loop)."""
 
     STEP_S = 0.005
 
-    def __init__(self) -> None:
+    def __init__(self, pid: Callable[[], int]) -> None:
+        self._pid = pid
         self._late: list[tuple[float, float]] = []
+        self._at: list[float] = []
+        self._waited: list[float] = []
         self._halt = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -58,19 +64,38 @@ class Stalls:
         self._halt.set()
 
     def between(self, start: float, end: float) -> float:
-        """Seconds of lateness in this span, all together."""
-        return sum(late for at, late in self._late if start <= at and at - late <= end)
+        """Seconds in this span, both kinds together."""
+        late = sum(late for at, late in self._late if start <= at and at - late <= end)
+        if not self._at:
+            return late
+        first = max(0, bisect.bisect_right(self._at, start) - 1)
+        last = min(len(self._at) - 1, bisect.bisect_left(self._at, end))
+        return late + self._waited[last] - self._waited[first]
 
     def worst(self) -> float:
         return max((late for _, late in self._late), default=0.0)
 
     def _run(self) -> None:
-        before = time.monotonic()
+        before, known, total = time.monotonic(), (0, 0.0), 0.0
         while not self._halt.wait(self.STEP_S):
             now = time.monotonic()
             if (late := now - before - self.STEP_S) > self.STEP_S:
                 self._late.append((now, late))
             before = now
+            pid = self._pid()
+            waited = _run_delay(pid)
+            total += waited - known[1] if pid == known[0] else waited
+            known = (pid, waited)
+            self._at.append(now)
+            self._waited.append(total)
+
+
+def _run_delay(pid: int) -> float:
+    """Seconds that a process was ready and not running; 0 where the kernel does not count it."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_bytes().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 class Windows:
@@ -169,8 +194,7 @@ class Judge:
         if not item.ids:
             if item.id in set_aside:
                 return "in the file that was set aside"
-            at = handed_on.get(item.id)
-            killed = [start for part in ("broker", "broker damaged") for start in self._windows.starts(part)]
+            at, killed = handed_on.get(item.id), self._windows.starts("broker killed")
             if at is not None and any(0 <= start - at <= BROKER_EDGE_S for start in killed):
                 return "acknowledged by the broker, which was killed"
             return "lost"

@@ -116,9 +116,10 @@ async def _run(seed: int, minutes: float, kinds: tuple[str, ...], folder: Path) 
     samples = run_models(catalog)["digits"]
     inputs = [value.tolist() for value in samples.inputs]
     labels = {variant: [_label(samples, answer) for answer in answers] for variant, answers in samples.outputs.items()}
-    ledger, windows, stalls = Ledger(), Windows(), Stalls()
+    ledger, windows = Ledger(), Windows()
     with Stage(folder) as stage:
         site = Site(stage, catalog, windows, seed)
+        stalls = Stalls(lambda: site.daemon.pid)
         try:
             await site.start()
             possible = {name for name in kinds if not KINDS[name].needs or KINDS[name].needs in site.can}

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from agent.app import build_targets
+from agent.build import build_targets
 from agent.config import Config
 from agent.core.clock import Clock
 from agent.core.errors import TargetTimeout, TargetUnavailable

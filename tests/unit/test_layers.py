@@ -24,8 +24,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("agent.config_load", "agent.telemetry"),
     ("agent.wire",),
     ("agent.registry", "agent.runtimes", "agent.store", "agent.link", "agent.security"),
-    ("agent.supervisor", "agent.targets"),
-    ("agent.routing",),
+    ("agent.settings", "agent.supervisor", "agent.targets"),
+    ("agent.routing", "agent.build"),
     ("agent.pipeline", "agent.durable"),
     ("agent.ingress", "agent.worker"),
     ("agent.app",),
@@ -228,7 +228,7 @@ def test_only_the_wiring_builds_targets() -> None:
         for one in all_imports()
         if one.imported in ("agent.targets.mcu", "agent.targets.gateway", "agent.targets.cloud")
     }
-    assert {name for name in builders if name.startswith("agent.")} == {"agent.app"}
+    assert {name for name in builders if name.startswith("agent.")} == {"agent.build"}
 
 
 @pytest.mark.parametrize(

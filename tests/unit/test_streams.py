@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from agent import cli
-from agent.app import build_targets
+from agent.build import build_targets
 from agent.config import Config, McuSection, RoutingSection, StreamSection
 from agent.core.clock import ManualClock
 from agent.core.errors import ConfigError, Unavailable
