@@ -49,13 +49,11 @@ STALL_S = 10.0
 
 
 class Heritage(NamedTuple):
-    """What outlives a reload: the counters, when the daemon was started, the door that stays open, how often and
-    how it was reloaded."""
+    """What outlives a reload: the counters, when the daemon was started, and how the reloads went."""
 
     metrics: Metrics
     started: float
     reloads: Reloads
-    listener: socket.socket | None = None
 
 
 class App:
@@ -269,8 +267,9 @@ class App:
 
     # Life.
 
-    async def start(self) -> None:
-        """Open the store, connect the targets, then open the doors. Raises `ConfigError` if that is impossible."""
+    async def start(self, open_door: socket.socket | None = None) -> None:
+        """Open the store, connect the targets, then open the doors; `open_door` listens already. Raises `ConfigError`
+        or `LinkError` if that is impossible."""
         self.cache.open()
         if self.audit:
             self.audit.open()
@@ -294,13 +293,13 @@ class App:
             self.supervisor.spawn("shadow", self._ask_shadows)
             for state in self.accuracies.states():
                 self._show_drift(state)
-        await self._open_doors()
+        await self._open_doors(open_door)
         for target in self.targets:
             self.supervisor.watch(target.traits.name, target.alive)
 
-    async def _open_doors(self) -> None:
+    async def _open_doors(self, open_door: socket.socket | None) -> None:
         if self._config.http.enabled:
-            port = await self.http.start(self._heritage.listener)
+            port = await self.http.start(open_door)
             log.info("http door open", extra={"host": self._config.http.host, "port": port})
         if self.mqtt:
             await self.mqtt.start()
@@ -313,11 +312,10 @@ class App:
         if self.audit:
             self.audit.act(act, **what)
 
-    def heritage(self, successor: Settings) -> Heritage:
-        """For the next one, before this one is stopped. The door stays open where it stays the same."""
-        ours, theirs = self._config.http, successor.config.http
-        same = ours.enabled and theirs.enabled and (ours.host, ours.port) == (theirs.host, theirs.port)
-        return self._heritage._replace(listener=self.http.hand_over() if same else None)
+    @property
+    def heritage(self) -> Heritage:
+        """For the next one."""
+        return self._heritage
 
     async def stop(self) -> None:
         """Doors first, then what is in flight, then the targets, then the store."""

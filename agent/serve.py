@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -82,10 +83,10 @@ class Service:
         self._reload.clear()
         return not self._stop.is_set()
 
-    async def _start(self, app: App) -> None:
+    async def _start(self, app: App, open_door: socket.socket | None = None) -> None:
         """Raises `ConfigError` or `LinkError`, and leaves nothing running."""
         try:
-            await app.start()
+            await app.start(None if open_door is None else open_door.dup())
         except (ConfigError, LinkError):
             await app.supervisor.stop()  # before its tasks have begun, and say so
             await app.stop()
@@ -108,28 +109,34 @@ class Service:
             self._notifier.ready("serving")
             return app, old
         try:
-            successor = App(new, self._clock, app.heritage(new))
+            successor = App(new, self._clock, app.heritage)
         except ConfigError as error:
             self._refuse(app, list(error.problems))
             return app, old
+        door = app.http.hand_over()
         await app.stop()
         _log_as(new)
         try:
-            await self._start(successor)
+            await self._start(successor, door if _same_door(old, new) else None)
         except (ConfigError, LinkError) as error:
-            return await self._go_back(successor, old, error)
+            return await self._go_back(successor, old, door, error)
+        finally:
+            if door is not None:
+                door.close()
         successor.reloads.took(new)
         successor.acted("reload", changed=changed)
         log.info("reloaded", extra={"changed": changed})
         self._notifier.ready("serving")
         return successor, new
 
-    async def _go_back(self, failed: App, old: Settings, error: ConfigError | LinkError) -> tuple[App | None, Settings]:
+    async def _go_back(
+        self, failed: App, old: Settings, door: socket.socket | None, error: ConfigError | LinkError
+    ) -> tuple[App | None, Settings]:
         """The new one could not start, for a reason that only a start can tell: the former one is started again."""
         _log_as(old)
-        app = App(old, self._clock, failed.heritage(old))
+        app = App(old, self._clock, failed.heritage)
         try:
-            await self._start(app)
+            await self._start(app, door)
         except (ConfigError, LinkError) as worse:
             log.error("cannot start again", extra={"reason": str(worse), "after": str(error)})
             return None, old
@@ -142,6 +149,12 @@ class Service:
         for fault in faults:
             log.error("reload refused", extra={"reason": fault})
         self._notifier.ready("serving; the last reload was refused")
+
+
+def _same_door(old: Settings, new: Settings) -> bool:
+    """Whether the HTTP door stays where it is: who knocks meanwhile then waits, and is not sent away."""
+    ours, theirs = old.config.http, new.config.http
+    return theirs.enabled and (ours.host, ours.port) == (theirs.host, theirs.port)
 
 
 def _log_as(settings: Settings) -> None:

@@ -261,6 +261,7 @@ class Outbox:
         for what was at hand is told that nobody knows."""
         if self._at_hand:
             self._disconnect()
+            self._error = "it failed, and is opened again"
             self._not_taken(self._at_hand, NotStored("the outbox failed while it was being written", retry_after_s=1.0))
             self._at_hand = ()
         while True:

@@ -324,7 +324,7 @@ def _state_families(status: Mapping[str, Any]) -> Iterator[Metric]:
                 for n in _number(entry.get(key))
             ],
         )
-    for section in ("cache", "outbox", "doors", "load", "overload", "security"):
+    for section in ("cache", "outbox", "doors", "load", "overload", "security", "settings"):
         readings = [((name,), n) for name, n in _numbers(_mapping(status, section))]
         yield _gauge(section, f"Numbers of the section `{section}` of /status.", ("reading",), readings)
     yield _gauge(

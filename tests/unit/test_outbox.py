@@ -396,3 +396,29 @@ def test_closing_writes_what_waits(tmp_path: Path) -> None:
     box = Box(tmp_path).opened()
     assert box.ids() == ["a"]
     box.close()
+
+
+def test_a_thread_that_fails_goes_on_and_nobody_waits_for_ever(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever it is that nobody thought of: who waited is told, what is to be deleted is deleted later."""
+    box = Box(tmp_path).opened()
+    kept = box.put(item("kept"))
+    assert isinstance(kept, Receipt)
+    failing = [True]
+
+    def fail(name: str) -> None:
+        if name == "gathered" and failing.pop():
+            raise RuntimeError("nobody thought of this")
+
+    box.steps = lambda name: fail(name) if failing else None
+    box.outbox.remove(kept.seqs[0], "delivered")
+    told = box.put(item("tried"))
+    assert isinstance(told, Receipt | NotStored)  # stored, if the removal was gathered before it came
+    assert isinstance(box.put(item("after")), Receipt)
+    box.settle()
+    assert box.ids() == (["tried", "after"] if isinstance(told, Receipt) else ["after"])
+    assert any("nobody thought of this" in (record.exc_text or str(record.exc_info)) for record in caplog.records)
+    with sqlite3.connect(box.path) as other:
+        assert other.execute("SELECT COUNT(*) FROM items WHERE id = 'kept'").fetchone() == (0,)
+    box.close()
