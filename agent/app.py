@@ -211,7 +211,7 @@ class App:
             "models": self._models(),
             "shadow": self.shadow.status(),
             "budgets": [] if self.budget is None else self.budget.left(self._clock.monotonic()),
-            "overload": self.pipeline.queue.status(),
+            "overload": self.pipeline.queue.status() | {"retries": self.router.retries.status(self._clock.monotonic())},
             "cache": self.cache.stats(),
             "outbox": None if self.desk is None else self.desk.status(),
             "counters": self.metrics.counters(),

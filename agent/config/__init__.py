@@ -20,7 +20,7 @@ from agent.config.budgets import AmountsSection, BudgetsSection
 from agent.config.cascade import AccuracyName, AccuracySection, DriftSection, ShadowSection
 from agent.config.doors import HttpSection, MqttSection, SensorSection, TlsSection
 from agent.config.outbox import DurableSections, OutboxSection, UplinkSection
-from agent.config.overload import ClassShares, LimitSection, OverloadSection, WaitingSection
+from agent.config.overload import ClassShares, LimitSection, OverloadSection, RetryBudgetSection, WaitingSection
 from agent.config.routing import (
     BreakerSection,
     ClassWeights,
@@ -86,6 +86,7 @@ __all__ = [
     "Priority",
     "ProducerSection",
     "RateSection",
+    "RetryBudgetSection",
     "Role",
     "RoutingSection",
     "Section",

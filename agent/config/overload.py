@@ -52,7 +52,18 @@ class LimitSection(Section):
     """By what a timeout, or a target that says it is busy, multiplies the limit."""
 
 
+class RetryBudgetSection(Section):
+    """Attempts at cloud lanes after an attempt that failed, or beside one that is late, of all requests together."""
+
+    ratio: float = Field(default=0.1, ge=0, le=1)
+    """Part of the requests in the window."""
+    min_per_s: float = Field(default=2.0, ge=0, le=10_000)
+    """As many are always allowed, so that a gateway that asks rarely may try again."""
+    window_s: float = Field(default=10.0, ge=1, le=600)
+
+
 class OverloadSection(Section):
     shares: ClassShares = ClassShares()
     waiting: WaitingSection = WaitingSection()
     limits: LimitSection = LimitSection()
+    retries: RetryBudgetSection = RetryBudgetSection()

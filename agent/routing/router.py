@@ -14,6 +14,7 @@ from agent.routing.breaker import Breaker, BreakerState
 from agent.routing.decision import Budgets, Candidate, Constraint, Decision, Limit, Play, Question
 from agent.routing.estimate import FRESH_S, Estimate, Habit, TrackRecord
 from agent.routing.policy import Policy
+from agent.routing.retry_budget import RetryBudget
 from agent.routing.walk import MARGIN_S, NoAnswer, Routed, Variants, Walk, breaker_reason
 from agent.targets.base import Target, TargetTraits
 
@@ -56,6 +57,7 @@ class Router:
         self._clock = clock
         self._budgets = budgets
         self._watcher = watcher
+        self.retries = RetryBudget(settings.overload.retries)
         self._floor_of = floor_of
         self._decisions = 0
         self._states = {
@@ -204,7 +206,8 @@ class Router:
         decision, variants = self.decide(request, family, self._clock.monotonic(), among=among, deadline=end)
         self._remember(request, decision, variants, _habit(request, among))
         asking = Asking(request, family, end, self._clock, self._budgets)
-        walk = Walk(asking, decision, variants, self._states, self._settings)
+        self.retries.requested(self._clock.monotonic())
+        walk = Walk(asking, decision, variants, self._states, self._settings, self.retries)
         if self._watcher is not None:
             self._watcher(request, decision, walk.attempts)
         return await walk.run()

@@ -14,6 +14,7 @@ from agent.routing.attempt import GRACE_S, Asking, TargetState
 from agent.routing.breaker import Breaker
 from agent.routing.decision import Constraint, Decision, Play
 from agent.routing.hedge import CANCELLED, Side, race
+from agent.routing.retry_budget import RetryBudget
 from agent.targets.base import TargetTraits
 
 MARGIN_S = 0.0005
@@ -71,7 +72,9 @@ class Walk:
         variants: Variants,
         states: Mapping[str, TargetState],
         settings: RoutingSection,
+        retries: RetryBudget,
     ) -> None:
+        self._retries = retries
         self._asking = asking
         self._decision = decision
         self._variants = variants
@@ -101,6 +104,9 @@ class Walk:
                 if found:
                     self._reasons.append(f"{play.target}: skipped: {found[1]}")
                     self._late = self._late or found[0] is Constraint.DEADLINE
+                    continue
+                if self._attempts and not self._may_retry(side):
+                    self._reasons.append(f"{play.target}: skipped: the retry budget of the cloud lanes is used up")
                     continue
                 self._reasons.append(f"{play.target}: next in the chain")
             answer, by = await self._try(side, left)
@@ -144,7 +150,7 @@ class Walk:
             return answer, side
         second, after_s = hedge
         side = Side(side.state, side.variant, self._bounded(side.state, self._end))
-        raced = await race(self._asking, side, second, after_s, lambda: self._objection(second) is None)
+        raced = await race(self._asking, side, second, after_s, lambda: self._still(second))
         if len(raced.attempts) > 1:
             left.remove(Play(second.state.traits.name, second.variant.id))
             waited_ms = after_s * 1e3
@@ -231,6 +237,13 @@ class Walk:
             needed_ms, left_ms = estimate.p50_s * 1e3, max(0.0, side.until - now) * 1e3
             return Constraint.DEADLINE, f"would take {needed_ms:.1f} ms, {left_ms:.1f} ms are left for it"
         return None
+
+    def _may_retry(self, side: Side) -> bool:
+        """Only lanes share what they run on with others, whom a second attempt takes it from."""
+        return not side.state.traits.tier.is_cloud or self._retries.take(self._asking.clock.monotonic())
+
+    def _still(self, second: Side) -> bool:
+        return self._objection(second) is None and self._may_retry(second)
 
     def _hedge(self, side: Side, following: Sequence[Play]) -> tuple[Side, float] | None:
         """Whom to ask as well, and after how many seconds, where there is no time to ask one after the other: when the

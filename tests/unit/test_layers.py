@@ -49,6 +49,7 @@ NO_IO = (
     "agent.routing.limits",
     "agent.routing.line",
     "agent.routing.meter",
+    "agent.routing.retry_budget",
     "agent.link.backoff",
     "agent.link.timesync",
     "agent.registry.tensors",
