@@ -37,13 +37,14 @@ from agent.store.budget_file import BudgetFile
 from agent.store.cache import ResultCache
 from agent.supervisor import Component, ComponentState, Supervisor
 from agent.telemetry.load import LoadSampler
+from agent.telemetry.loop_watch import LoopWatch
 from agent.telemetry.metrics import Metrics
 from agent.telemetry.story import Stories
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_S = 1.0
-"""How often the loop shows that it turns; its lateness is exported as loop lag."""
+KEEP_S = 1.0
+"""How often what budgets have used is written."""
 STALL_S = 10.0
 """A supervised task that has not gone round its loop for this long keeps the watchdog from being fed."""
 
@@ -119,7 +120,7 @@ class App:
         self.streams = StreamDoor(self, config.edge_mcu.streams, publish, self.pipeline.observed, clock)
         self.metrics.watch(self.status)
         self.accuracies.listeners.append(self._show_drift)
-        self._lag_s = 0.0
+        self.loop_watch = LoopWatch()
         self._stopping = asyncio.Event()
 
     def _mqtt_door(self) -> MqttDoor:
@@ -224,7 +225,7 @@ class App:
             "security": {**self.guard.status(), "audit": self.audit.status() if self.audit else None},
             "certificates": self.certificates.status(),
             "components": [*self.supervisor.status(), *self._parts(), *_target_components(targets)],
-            "load": {**self.load.latest, "loop_lag_ms": round(self._lag_s * 1e3, 3)},
+            "load": {**self.load.latest, **self.loop_watch.status()},
         }
 
     def _models(self) -> dict[str, dict[str, Any]]:
@@ -383,15 +384,11 @@ class App:
             self.budget.keep(self._clock.monotonic(), self._clock.wall())
             trouble = "; ".join(filter(None, (self.budget.problem, self.budget_file.alarm)))
             component.set(ComponentState.DEGRADED if trouble else ComponentState.UP, trouble)
-            await asyncio.sleep(HEARTBEAT_S)
+            await asyncio.sleep(KEEP_S)
 
     async def _heartbeat(self, component: Component) -> None:
-        """Turns with the loop and measures how late it does."""
-        while True:
-            due = self._clock.monotonic() + HEARTBEAT_S
-            await asyncio.sleep(HEARTBEAT_S)
-            self._lag_s = max(0.0, self._clock.monotonic() - due)
-            component.set(ComponentState.UP)
+        component.set(ComponentState.UP)
+        await self.loop_watch.run(component.beat)
 
 
 def _target_components(targets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
