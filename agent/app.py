@@ -224,7 +224,7 @@ class App:
             },
             "security": {**self.guard.status(), "audit": self.audit.status() if self.audit else None},
             "certificates": self.certificates.status(),
-            "components": [*self.supervisor.status(), *self._parts(), *_target_components(targets)],
+            "components": [*self.supervisor.status(), *self._parts(targets)],
             "load": {**self.load.latest, **self.loop_watch.status()},
         }
 
@@ -238,28 +238,26 @@ class App:
     def explain(self, request_id: str) -> Mapping[str, Any] | None:
         return self.stories.explain(request_id)
 
-    def _parts(self) -> list[dict[str, Any]]:
-        """The doors and the store as components."""
-        parts: list[dict[str, Any]] = [self.reloads.component()]
+    def _parts(self, targets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The doors, the store and the targets as components."""
+        seen = self.supervisor.seen
+        parts = [self.reloads.component()]
         if self._config.http.enabled:
-            parts.append({"name": "http door", "state": "up", "reason": ""})
+            parts.append(seen("http door", "up"))
         if self.mqtt:
             link = self.mqtt.link.state
-            since_s = round(self._clock.monotonic() - link.since, 3)
-            state = "up" if link.connected else "down"
-            parts.append({"name": "mqtt door", "state": state, "reason": link.reason, "since_s": since_s})
+            parts.append(seen("mqtt door", "up" if link.connected else "down", link.reason))
+        troubles = {"cache": self.cache.problem()}
         if self._config.shadow.rate:
             adrift = [alarm.variant.name for alarm in self.accuracies.states() if alarm.active]
-            reason = f"{', '.join(adrift)}: agree less with the cloud than they did" if adrift else ""
-            parts.append({"name": "drift", "state": "degraded" if adrift else "up", "reason": reason})
-        trouble = self.cache.problem()
-        parts.append({"name": "cache", "state": "degraded" if trouble else "up", "reason": trouble})
+            troubles["drift"] = f"{', '.join(adrift)}: agree less with the cloud than they did" if adrift else ""
         if self.audit:
-            trouble = self.audit.problem()
-            parts.append({"name": "audit", "state": "degraded" if trouble else "up", "reason": trouble})
+            troubles["audit"] = self.audit.problem()
         if self.trace:
-            why = self.trace.problem
-            parts.append({"name": "recorder", "state": "degraded" if why else "up", "reason": why})
+            troubles["recorder"] = self.trace.problem
+        parts += [seen(name, "degraded" if trouble else "up", trouble) for name, trouble in troubles.items()]
+        for target in targets:
+            parts.append(seen(target["name"], "up" if target["available"] else "down", target["reason"]))
         return parts
 
     def recent(self) -> list[dict[str, Any]]:
@@ -389,14 +387,6 @@ class App:
     async def _heartbeat(self, component: Component) -> None:
         component.set(ComponentState.UP)
         await self.loop_watch.run(component.beat)
-
-
-def _target_components(targets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each target as a component."""
-    return [
-        {"name": target["name"], "state": "up" if target["available"] else "down", "reason": target["reason"]}
-        for target in targets
-    ]
 
 
 def _recent(at: float, outcome: InferenceResult | InferenceError) -> dict[str, Any]:

@@ -85,6 +85,7 @@ class Supervisor:
         self._components: dict[str, Component] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._watched: dict[str, Callable[[], bool]] = {}
+        self._seen: dict[str, Component] = {}
 
     def component(self, name: str, stall_s: float | None = None) -> Component:
         """The component of that name, made at its first mention. `stall_s`: how long it may go without a beat."""
@@ -99,6 +100,14 @@ class Supervisor:
         """Run `work(component)` until `stop`; when it raises or returns, run it again after a back-off."""
         component = self.component(name, stall_s)
         self._tasks.append(asyncio.create_task(self._run(component, work), name=name))
+
+    def seen(self, name: str, state: str, reason: str = "") -> dict[str, Any]:
+        """A part whose state is read off it: as a component of `/status`, with the time since when it is so."""
+        component = self._seen.get(name)
+        if component is None:
+            component = self._seen[name] = Component(name, self._clock)
+        component.set(ComponentState(state), reason)
+        return component.to_dict()
 
     def watch(self, name: str, alive: Callable[[], bool]) -> None:
         """A part that looks after its own background work: `alive` says whether that still runs."""

@@ -368,19 +368,23 @@ class MqttDoor:
         if not self.link.connected:
             return
         ready, reason = self._core.ready()
+        status = self._core.status()
         targets = [
             {key: target.get(key) for key in ("name", "tier", "available", "reason")}
-            for target in self._core.status().get("targets", ())
+            for target in status.get("targets", ())
         ]
-        shown = (ready, reason, targets)
+        components = [
+            {key: one.get(key) for key in ("name", "state", "reason")} for one in status.get("components", ())
+        ]
+        shown = (ready, reason, targets, [(one["name"], one["state"]) for one in components])
         if only_if_changed and shown == self._shown:
             return
         document = {"gateway": self._gateway_id, "state": "online", "ready": ready, "reason": reason}
-        audit = self._core.status().get("security", {}).get("audit")
+        audit = status.get("security", {}).get("audit")
         if audit is not None:  # an anchor that leaves the gateway: it shows when the end of the trail is cut off
             document["audit_head"] = audit["head"]
         try:
-            payload = to_json({**document, "targets": targets}, fallback=str)
+            payload = to_json({**document, "targets": targets, "components": components}, fallback=str)
             self.link.publish(self._status_topic, payload, qos=1, retain=True, properties=MessageProperties(JSON))
         except LinkError:
             return

@@ -338,15 +338,22 @@ def _state_families(status: Mapping[str, Any]) -> Iterator[Metric]:
             for n in _number(one.get("days_left"))
         ],
     )
+    components = [one for one in _list(status, "components")[:MAX_READINGS] if isinstance(one, Mapping)]
+    yield _gauge(
+        "component_state",
+        "1 for the state that the component is in.",
+        ("component", "state"),
+        [
+            ((str(one.get("name")), state), float(one.get("state") == state))
+            for one in components
+            for state in ("starting", "up", "degraded", "down")
+        ],
+    )
     yield _gauge(
         "component_up",
         "1: the component's state is up.",
         ("component",),
-        [
-            ((str(component.get("name")),), float(component.get("state") == "up"))
-            for component in _list(status, "components")[:MAX_READINGS]
-            if isinstance(component, Mapping)
-        ],
+        [((str(one.get("name")),), float(one.get("state") == "up")) for one in components],
     )
 
 
