@@ -10,6 +10,9 @@ from agent.core.clock import Clock
 from agent.core.errors import ConfigError
 from agent.core.streamed import Streamed
 from agent.registry.catalog import Catalog
+from agent.registry.model_structure import check_structure
+from agent.registry.trust import trust_of
+from agent.runtimes.base import Confinement
 from agent.targets.base import Target
 from agent.telemetry.trace import TraceFile, trace_header
 
@@ -35,12 +38,21 @@ def build_targets(
     if config.edge_gpu.enabled:
         from agent.targets.gateway import GatewayTarget
 
-        targets.append(GatewayTarget(config.edge_gpu, catalog, clock, max_bytes=sizes.edge_gpu * 1e6))
+        most, confinement = sizes.edge_gpu * 1e6, confinement_of(config)
+        targets.append(GatewayTarget(config.edge_gpu, catalog, clock, max_bytes=most, confinement=confinement))
     for lane in config.cloud.lanes:
         from agent.targets.cloud import CloudLane
 
         targets.append(CloudLane(lane, config.gateway.id, catalog, clock, max_bytes=sizes.cloud * 1e6))
     return targets
+
+
+def confinement_of(config: Config) -> Confinement | None:
+    """Of models that nobody vouches for; None: somebody does."""
+    models = config.models
+    if models.require_signed or trust_of(models.catalog, models.trusted_keys, config.gateway.state_dir).trusted:
+        return None  # without trust the configuration was refused
+    return Confinement(models.trial_memory_mb, models.trial_s, check_structure)
 
 
 def build_trace(config: Config, catalog: Catalog, targets: Sequence[Target], clock: Clock) -> TraceFile | None:

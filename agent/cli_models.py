@@ -1,4 +1,4 @@
-"""`edge-agent models`: list a catalogue, calibrate it, make keys, sign models and check signatures."""
+"""`edge-agent models`: list a catalogue, calibrate it, make keys, sign models and catalogues, check signatures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agent import cli_catalogue
 from agent.core.errors import UnknownModel
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     sign.add_argument("--allow-downgrade", action="store_true", help="boards may take it in place of a later version")
     sign.add_argument("--out", type=Path, metavar="FILE", help="default: the model's name with .sig.json")
     sign.set_defaults(run=_sign)
+
+    cli_catalogue.add_parsers(actions)
 
     verify = actions.add_parser("verify", parents=[which], help="whether a model's signature holds; exit code 0: yes")
     verify.add_argument("--signature", type=Path, metavar="FILE", help="default: the model's name with .sig.json")

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from agent.config import GpuSection, check_broker_url
+from agent.config import GpuSection, ModelsSection, check_broker_url
 from agent.core.clock import SystemClock
 from agent.core.errors import ConfigError
 
@@ -31,6 +31,18 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--broker", required=True, metavar="URL", help="mqtt://HOST[:PORT] or mqtts://HOST[:PORT]")
     parser.add_argument("--topic", default="edge-agent/lanes/default", help="the lane's topic (default %(default)s)")
     parser.add_argument("--catalog", type=Path, metavar="FILE", help="catalog.yaml; default: the one that ships")
+    parser.add_argument(
+        "--trusted-key",
+        action="append",
+        default=[],
+        metavar="FILE|HEX",
+        help="public key that may have signed the catalogue; may be repeated",
+    )
+    parser.add_argument(
+        "--allow-unsigned",
+        action="store_true",
+        help="serve a catalogue that no trusted key signed, in a process of its own",
+    )
     parser.add_argument("--id", metavar="NAME", help="of this worker; default: host name and process id")
     parser.add_argument("--group", metavar="NAME", help="workers of one group share the requests; default: the lane's")
     parser.add_argument("--max-concurrent", type=_count, default=2, metavar="N", help="inferences at once (default 2)")
@@ -101,12 +113,19 @@ async def _serve(args: argparse.Namespace) -> int:
     from agent.link.mqtt import LinkOptions
     from agent.registry.catalog import load_catalog
     from agent.registry.locate import catalog_path
+    from agent.registry.model_structure import check_structure
+    from agent.registry.trust import trust_of
+    from agent.runtimes.base import Confinement
     from agent.runtimes.pool import RuntimePool
     from agent.telemetry import events
     from agent.worker import Worker, WorkerSettings
 
     events.setup(args.log_level, args.log_format)
     clock = SystemClock()
+    trust = trust_of(args.catalog, args.trusted_key)
+    if not trust.trusted and not args.allow_unsigned:
+        todo = "--allow-unsigned serves it all the same"
+        raise ConfigError([f"--catalog: {args.catalog}: is not trusted: {trust.why}; {todo}"])
     catalog = load_catalog(catalog_path(args.catalog))
     worker_id = args.id or f"{re.sub(r'[^A-Za-z0-9_.-]', '-', platform.node())[:50] or 'worker'}-{os.getpid()}"
     settings = WorkerSettings(
@@ -130,7 +149,9 @@ async def _serve(args: argparse.Namespace) -> int:
         cert_file=args.cert_file,
         key_file=args.key_file,
     )
-    pool = RuntimePool(_runtime(args), clock, max_queued=args.max_queued)
+    limits = ModelsSection()
+    confinement = None if trust.trusted else Confinement(limits.trial_memory_mb, limits.trial_s, check_structure)
+    pool = RuntimePool(_runtime(args), clock, max_queued=args.max_queued, confinement=confinement)
     worker = Worker(settings, catalog, pool, options, clock)
     stop = asyncio.Event()
     for sig in (signal.SIGTERM, signal.SIGINT):

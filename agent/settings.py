@@ -13,6 +13,7 @@ from agent.core.clock import Clock
 from agent.core.errors import ConfigError
 from agent.registry.catalog import Catalog, load_catalog
 from agent.registry.locate import catalog_path
+from agent.registry.trust import require_trust
 
 MAX_CHANGES = 50
 """Keys that are named of one reload; more are counted."""
@@ -94,6 +95,8 @@ def load_settings(path: Path | None) -> Settings:
     ]
     if unknown:
         raise ConfigError(unknown)
+    if config.models.require_signed:
+        require_trust(config.models.catalog, config.models.trusted_keys, config.gateway.state_dir)
     return Settings(config, catalog)
 
 

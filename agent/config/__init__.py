@@ -127,6 +127,13 @@ class ModelsSection(Section):
     trusted_keys: tuple[Annotated[str, Field(min_length=1, max_length=4096)], ...] = Field(default=(), max_length=16)
     """Public Ed25519 keys whose signatures of models count: names of PEM files, or 64 hex digits each. Empty: the board
     decides alone."""
+    require_signed: bool = True
+    """Whether a catalogue other than the one that ships must be signed with a trusted key. False: its models are looked
+    through, tried in a disposable process, and run in a process of their own."""
+    trial_memory_mb: int = Field(default=1024, ge=64, le=1 << 20)
+    """What the disposable process may take for one model, beyond what it has when it starts."""
+    trial_s: float = Field(default=60, ge=1, le=3600)
+    """How long opening one model and running it may take there."""
 
 
 class FallbackSection(Section):

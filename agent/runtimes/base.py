@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -90,6 +90,16 @@ class ModelFile:
         if found != self.sha256:
             short = f"SHA-256 {found[:12]}…, not {self.sha256[:12]}…"
             raise ValueError(f"{self.path.name} is not the recorded file: {short}")
+
+
+@dataclass(frozen=True, slots=True)
+class Confinement:
+    """For models of unknown origin. `check` looks through a file of a format before it is opened, and raises
+    `ValueError`; the process that opens it may take so many MB beyond what it starts with, and so many seconds each."""
+
+    memory_mb: int
+    load_s: float
+    check: Callable[[Path, Format], None]
 
 
 @dataclass(frozen=True, slots=True)

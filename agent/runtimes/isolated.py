@@ -30,7 +30,7 @@ from agent.core.clock import Clock
 from agent.core.errors import TargetFailed, TargetTimeout, TargetUnavailable
 from agent.core.types import Tensor, Tensors
 from agent.runtimes import channel
-from agent.runtimes.base import LoadedModel, ModelFile, RunOutcome, RuntimeUnavailable
+from agent.runtimes.base import Confinement, LoadedModel, ModelFile, RunOutcome, RuntimeUnavailable
 from agent.runtimes.late import within
 from agent.runtimes.runners import RuntimeOptions
 
@@ -170,8 +170,16 @@ class _Child:
 class ProcessEngine:
     """Runs models in one child process, `workers` at once. Timings in seconds."""
 
-    def __init__(self, options: RuntimeOptions, workers: int, timeout_s: float, clock: Clock) -> None:
+    def __init__(
+        self,
+        options: RuntimeOptions,
+        workers: int,
+        timeout_s: float,
+        clock: Clock,
+        confinement: Confinement | None = None,
+    ) -> None:
         self._options = options
+        self._confinement = confinement
         self._workers = workers
         self._timeout_s = timeout_s
         self._hang_s = max(HANG_MIN_S, HANG_FACTOR * timeout_s)
@@ -265,6 +273,7 @@ class ProcessEngine:
                 "agent.runtimes.process",
                 json.dumps(asdict(self._options)),
                 str(os.getpid()),
+                str(self._confinement.memory_mb if self._confinement else 0),
                 *map(str, theirs),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
@@ -300,7 +309,8 @@ class ProcessEngine:
         if self._child is None:
             raise RuntimeUnavailable("the runtime process is gone")
         header = {"load": [str(file.path), file.format, file.sha256]}
-        call = _Call(channel.encode(header, {}), "", self._clock.monotonic(), LOAD_LIMIT_S)
+        limit_s = self._confinement.load_s if self._confinement else LOAD_LIMIT_S
+        call = _Call(channel.encode(header, {}), "", self._clock.monotonic(), limit_s)
         self._waiting.append(call)
         self._dispatch(self._child)
         try:

@@ -6,6 +6,7 @@ model takes, so a model whose service time stays below `inline_below_ms` runs on
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ from agent.core.clock import Clock
 from agent.core.errors import TargetBusy, TargetTimeout, TargetUnavailable
 from agent.core.types import Tensors
 from agent.runtimes.base import (
+    Confinement,
     Engine,
     Format,
     LoadedModel,
@@ -104,6 +106,8 @@ class RuntimePool:
 
     `settings.isolation` chooses threads of this process or a child process. With threads, and with `trial`, a file is
     first loaded and run in a child process that may die of it; a file that crashes the library is then refused.
+    `confinement` is for files of unknown origin: each is looked through, then opened and run in a disposable child
+    process with these limits, and only then loaded, always in a child process.
     """
 
     def __init__(
@@ -114,8 +118,12 @@ class RuntimePool:
         max_queued: int = 16,
         trial: bool = True,
         factory: RuntimeFactory | None = None,
+        confinement: Confinement | None = None,
     ) -> None:
+        if confinement is not None and settings.isolation == "thread":
+            settings = settings.model_copy(update={"isolation": "process"})
         self._settings = settings
+        self._confinement = confinement
         self._clock = clock
         self._limit = settings.workers + max_queued
         self._inline_below_s = settings.inline_below_ms / 1e3 if settings.isolation == "thread" else 0.0
@@ -124,6 +132,8 @@ class RuntimePool:
         timeout_s = settings.timeout_ms / 1e3
         options = RuntimeOptions(settings.threads, settings.accelerator, settings.providers, settings.strict_provider)
         self._trial: Callable[[], ProcessEngine] | None = None
+        if confinement is not None:
+            self._trial = lambda: ProcessEngine(options, 1, timeout_s, clock, confinement)
         if settings.isolation == "process":
             self._engine: Engine = ProcessEngine(options, settings.workers, timeout_s, clock)
         else:
@@ -145,6 +155,8 @@ class RuntimePool:
         try:
             for file in files:
                 try:
+                    if self._confinement is not None:
+                        await asyncio.to_thread(self._confinement.check, file.path, file.format)
                     if trial is not None:
                         await trial.load(file)
                     outcomes[file.sha256] = loaded = await self._engine.load(file)

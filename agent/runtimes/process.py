@@ -1,7 +1,7 @@
 """The runtime process: models run here so that a library that hangs or crashes takes nothing else along.
 
-Started by `isolated.ProcessEngine` as `python -m agent.runtimes.process OPTIONS PARENT FD...`. Each inherited socket is
-served by one thread, one request at a time: `{"load": ...}` or `{"run": ...}`, see `channel`.
+Started by `isolated.ProcessEngine` as `python -m agent.runtimes.process OPTIONS PARENT MEMORY_MB FD...`. Each inherited
+socket is served by one thread, one request at a time: `{"load": ...}` or `{"run": ...}`, see `channel`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -23,13 +24,15 @@ from agent.runtimes.base import ModelFile, RuntimeUnavailable
 from agent.runtimes.litert import CHATTER
 from agent.runtimes.runners import Runners, RuntimeOptions
 
-_PR_SET_PDEATHSIG = 1  # prctl(2)
+_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38  # prctl(2)
 
 
 def main(arguments: list[str]) -> None:
     """Serve until the parent is gone."""
-    options, parent, *descriptors = arguments
+    options, parent, memory_mb, *descriptors = arguments
     _die_with(int(parent))
+    if int(memory_mb):
+        _confine(int(memory_mb))
     # The terminal's Ctrl-C and systemd's SIGTERM reach the whole group; the daemon decides when this process ends.
     for ignored in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)
@@ -48,6 +51,16 @@ def _die_with(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         sys.exit(0)
+
+
+def _confine(memory_mb: int) -> None:
+    """No more memory of its own than this beyond what it has (RLIMIT_DATA, which Linux counts for private writable
+    mappings too), no new privileges, no core file of what somebody sent."""
+    used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    most = used + (memory_mb << 20)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 def _serve(connection: socket.socket, runners: Runners) -> None:
@@ -86,6 +99,8 @@ def _answer(
         return {"compute_s": time.monotonic() - began}, outputs
     except RuntimeUnavailable as error:
         return {"error": str(error), "unavailable": True}, {}
+    except MemoryError:
+        return {"error": "it takes more memory than it may"}, {}
     except (ValueError, RuntimeError, KeyError) as error:
         return {"error": str(error)}, {}
 

@@ -13,7 +13,7 @@ from agent.core.errors import TargetFailed, TargetUnavailable
 from agent.core.types import InferenceRequest, TargetAnswer, Tensor, Tensors, Tier
 from agent.registry.catalog import Catalog, Family, Variant
 from agent.registry.tensors import from_variant, to_variant
-from agent.runtimes.base import LoadedModel, ModelFile, RuntimeUnavailable
+from agent.runtimes.base import Confinement, LoadedModel, ModelFile, RuntimeUnavailable
 from agent.runtimes.pool import RuntimePool
 from agent.targets.base import AVAILABLE, Availability, TargetTraits
 
@@ -64,7 +64,8 @@ class _Plan:
 
 
 class GatewayTarget:
-    """Runs the catalogue's `edge_gpu` variants. `max_bytes` is the largest model file that is loaded."""
+    """Runs the catalogue's `edge_gpu` variants. `max_bytes` is the largest model file that is loaded; `confinement` is
+    for a catalogue that nobody vouches for."""
 
     def __init__(
         self,
@@ -74,11 +75,13 @@ class GatewayTarget:
         *,
         max_bytes: float,
         pool: RuntimePool | None = None,
+        confinement: Confinement | None = None,
     ) -> None:
         self._catalog = catalog
         self._settings = settings
         self._clock = clock
-        self._pool = pool or RuntimePool(settings, clock, max_queued=max(0, settings.max_concurrent - settings.workers))
+        queued = max(0, settings.max_concurrent - settings.workers)
+        self._pool = pool or RuntimePool(settings, clock, max_queued=queued, confinement=confinement)
         self._traits = TargetTraits(
             name="edge_gpu",
             tier=Tier.EDGE_GPU,

@@ -217,38 +217,41 @@ class MqttProducer(Caller):
         self._client.publish(self._topic, json.dumps(document), qos=1, properties=properties)
 
 
+class Reader(Subscriber):
+    """Where a sensor's answers arrive."""
+
+    def __init__(self, port: int, gateway: str) -> None:
+        self.open: dict[str, Asked] = {}
+        super().__init__("sensor", port, [f"edge/{gateway}/results/{SENSOR}"])
+
+    def take(self, message: mqtt.MQTTMessage) -> None:
+        document = json.loads(message.payload)
+        asked = self.open.pop(str(document.get("request_id")), None)
+        if asked is not None:
+            asked.done, asked.answer, asked.code = time.monotonic(), document, 200
+
+
 class Sensor(Caller):
-    """Readings over MQTT, which are to be answered at once."""
+    """Readings over MQTT, which are to be answered at once. It has none while it has no broker."""
 
     def __init__(self, port: int, gateway: str, rate_hz: float, *args: Any) -> None:
         super().__init__("sensor", rate_hz, *args)
         self._count = 0
-        self._open: dict[str, Asked] = {}
-        self._client = mqtt.Client(CallbackAPIVersion.VERSION2, "sensor", protocol=mqtt.MQTTv5)
-        self._client.reconnect_delay_set(1, 1)
-        self._client.on_connect = lambda client, *_: client.subscribe(f"edge/{gateway}/results/{SENSOR}", qos=1)
-        self._client.on_message = lambda _client, _userdata, message: self._take(message)
-        self._client.connect("127.0.0.1", port, keepalive=5)
-        self._client.loop_start()
+        self._reader = Reader(port, gateway)
 
     def step(self) -> None:
+        if not self._reader.client.is_connected():
+            return
         sample = self.chance.randrange(len(self.inputs))
         name = f"reading-{self._count}"
         self._count += 1
-        asked = self._open[name] = Asked("mqtt", sample, time.monotonic(), SENSOR_DEADLINE_S)
+        asked = self._reader.open[name] = Asked("mqtt", sample, time.monotonic(), SENSOR_DEADLINE_S)
         self.ledger.asked.append(asked)
         payload = json.dumps({"request_id": name, "inputs": self.inputs[sample]})
-        self._client.publish(f"sensors/{SENSOR}", payload, qos=1)
+        self._reader.client.publish(f"sensors/{SENSOR}", payload, qos=1)
 
     def end(self) -> None:
         end = time.monotonic() + SENSOR_DEADLINE_S + PATIENCE_S
-        while self._open and time.monotonic() < end:
+        while self._reader.open and time.monotonic() < end:
             threading.Event().wait(0.05)
-        self._client.disconnect()
-        self._client.loop_stop()
-
-    def _take(self, message: mqtt.MQTTMessage) -> None:
-        document = json.loads(message.payload)
-        asked = self._open.pop(str(document.get("request_id")), None)
-        if asked is not None:
-            asked.done, asked.answer, asked.code = time.monotonic(), document, 200
+        self._reader.close()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import bisect
 import math
+import os
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,9 +47,10 @@ class Kept:
 
 class Stalls:
     """What the machine takes from us: how late it wakes somebody who wants to be woken, and how long the daemon was
-    ready to run while others ran (`run_delay` of /proc/PID/schedstat, of the thread with the event loop)."""
+    ready to run while others ran (`run_delay` of schedstat, of its threads, which wait for each other)."""
 
     STEP_S = 0.005
+    LOOK_S = 0.02
 
     def __init__(self, pid: Callable[[], int]) -> None:
         self._pid = pid
@@ -82,20 +85,26 @@ class Stalls:
             if (late := now - before - self.STEP_S) > self.STEP_S:
                 self._late.append((now, late))
             before = now
+            if self._at and now - self._at[-1] < self.LOOK_S:
+                continue
             pid = self._pid()
             waited = _run_delay(pid)
-            total += waited - known[1] if pid == known[0] else waited
+            total += max(0.0, waited - known[1]) if pid == known[0] else waited
             known = (pid, waited)
             self._at.append(now)
             self._waited.append(total)
 
 
 def _run_delay(pid: int) -> float:
-    """Seconds that a process was ready and not running; 0 where the kernel does not count it."""
+    """Seconds that the threads of a process were ready and not running; 0 where the kernel does not count it."""
+    total = 0
     try:
-        return int(Path(f"/proc/{pid}/schedstat").read_bytes().split()[1]) / 1e9
-    except (OSError, IndexError, ValueError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with suppress(OSError, IndexError, ValueError):  # it has ended meanwhile
+                total += int(Path(f"/proc/{pid}/task/{thread}/schedstat").read_bytes().split()[1])
+    except OSError:
         return 0.0
+    return total / 1e9
 
 
 class Windows:

@@ -279,7 +279,7 @@ def test_it_ends_quietly_when_the_parent_leaves_while_it_loads(tmp_path: Path) -
     os.mkfifo(fifo)
     ours, theirs = socket.socketpair()
     with subprocess.Popen(
-        [sys.executable, "-m", "agent.runtimes.process", "{}", str(os.getpid()), str(theirs.fileno())],
+        [sys.executable, "-m", "agent.runtimes.process", "{}", str(os.getpid()), "0", str(theirs.fileno())],
         pass_fds=[theirs.fileno()],
         stderr=subprocess.PIPE,
         cwd=ROOT,
