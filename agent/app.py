@@ -23,6 +23,8 @@ from agent.ingress.mqtt import MqttDoor
 from agent.ingress.streams import StreamDoor
 from agent.pipeline import Pipeline
 from agent.registry.accuracy import Accuracies, Alarm
+from agent.registry.signing import SigningError
+from agent.registry.trust import keep_counter
 from agent.routing.admission import Admission
 from agent.routing.budget import budget_of
 from agent.routing.limits import limits_of
@@ -61,7 +63,7 @@ class App:
     """The daemon, with one configuration. `ingress.base.Core` for its doors."""
 
     def __init__(self, settings: Settings, clock: Clock, heritage: Heritage | None = None) -> None:
-        config, catalog = settings
+        config, catalog, trust = settings
         heritage = heritage or Heritage(Metrics(), clock.monotonic(), Reloads(clock))
         self._settings = settings
         self._config = config
@@ -72,7 +74,7 @@ class App:
         self.reloads = heritage.reloads
         self.supervisor = Supervisor(clock)
         self.load = LoadSampler()
-        self.targets = build_targets(config, catalog, clock, lambda sample: self.streams.take(sample))
+        self.targets = build_targets(config, catalog, clock, lambda sample: self.streams.take(sample), trust)
         self.accuracies = Accuracies(catalog, config.drift, config.gateway.state_dir / "accuracy.json")
         self.budget_file = BudgetFile(config.gateway.state_dir / "budgets.json")
         self.budget = budget_of(config.budgets, config.cloud.lanes, self.budget_file)
@@ -292,6 +294,10 @@ class App:
             self.supervisor.spawn("shadow", self._ask_shadows)
             for state in self.accuracies.states():
                 self._show_drift(state)
+        try:
+            keep_counter(self._settings.trust, self._config.gateway.state_dir)
+        except SigningError as error:  # a disk that is full must not keep the daemon from starting
+            log.warning("the catalogue's counter cannot be kept", extra={"reason": str(error)})
         await self._open_doors(open_door)
         for target in self.targets:
             self.supervisor.watch(target.traits.name, target.alive)

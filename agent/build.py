@@ -11,14 +11,18 @@ from agent.core.errors import ConfigError
 from agent.core.streamed import Streamed
 from agent.registry.catalog import Catalog
 from agent.registry.model_structure import check_structure
-from agent.registry.trust import trust_of
+from agent.registry.trust import SHIPPED, Trust
 from agent.runtimes.base import Confinement
 from agent.targets.base import Target
 from agent.telemetry.trace import TraceFile, trace_header
 
 
 def build_targets(
-    config: Config, catalog: Catalog, clock: Clock, deliver: Callable[[Streamed], None] = lambda sample: None
+    config: Config,
+    catalog: Catalog,
+    clock: Clock,
+    deliver: Callable[[Streamed], None] = lambda sample: None,
+    trust: Trust = SHIPPED,
 ) -> list[Target]:
     """Every configured tier. A new tier is one file in `targets/` and one line here. `deliver` gets what boards sample
     themselves. Raises `ConfigError` for a stream of a model that is not in the catalogue.
@@ -38,7 +42,7 @@ def build_targets(
     if config.edge_gpu.enabled:
         from agent.targets.gateway import GatewayTarget
 
-        most, confinement = sizes.edge_gpu * 1e6, confinement_of(config)
+        most, confinement = sizes.edge_gpu * 1e6, confinement_of(config, trust)
         targets.append(GatewayTarget(config.edge_gpu, catalog, clock, max_bytes=most, confinement=confinement))
     for lane in config.cloud.lanes:
         from agent.targets.cloud import CloudLane
@@ -47,12 +51,10 @@ def build_targets(
     return targets
 
 
-def confinement_of(config: Config) -> Confinement | None:
+def confinement_of(config: Config, trust: Trust) -> Confinement | None:
     """Of models that nobody vouches for; None: somebody does."""
     models = config.models
-    if models.require_signed or trust_of(models.catalog, models.trusted_keys, config.gateway.state_dir).trusted:
-        return None  # without trust the configuration was refused
-    return Confinement(models.trial_memory_mb, models.trial_s, check_structure)
+    return None if trust.trusted else Confinement(models.trial_memory_mb, models.trial_s, check_structure)
 
 
 def build_trace(config: Config, catalog: Catalog, targets: Sequence[Target], clock: Clock) -> TraceFile | None:

@@ -13,7 +13,7 @@ from agent.core.clock import Clock
 from agent.core.errors import ConfigError
 from agent.registry.catalog import Catalog, load_catalog
 from agent.registry.locate import catalog_path
-from agent.registry.trust import require_trust
+from agent.registry.trust import Trust, require, trust_of
 
 MAX_CHANGES = 50
 """Keys that are named of one reload; more are counted."""
@@ -75,6 +75,7 @@ class Settings(NamedTuple):
 
     config: Config
     catalog: Catalog
+    trust: Trust
 
     def digest(self) -> str:
         """SHA-256 of all of it, hex. Secrets count as whether they are there."""
@@ -95,9 +96,10 @@ def load_settings(path: Path | None) -> Settings:
     ]
     if unknown:
         raise ConfigError(unknown)
+    trust = trust_of(config.models.catalog, config.models.trusted_keys, config.gateway.state_dir)
     if config.models.require_signed:
-        require_trust(config.models.catalog, config.models.trusted_keys, config.gateway.state_dir)
-    return Settings(config, catalog)
+        require(trust, config.models.catalog)
+    return Settings(config, catalog, trust)
 
 
 def changes(before: Settings, after: Settings) -> list[str]:

@@ -108,6 +108,9 @@ class Trust:
     counter: int | None = None
 
 
+SHIPPED: Final = Trust(True, "it ships with the program")
+
+
 def signature_path(catalog: Path) -> Path:
     return catalog.with_name(catalog.name + SUFFIX)
 
@@ -119,7 +122,7 @@ def trust_of(configured: Path | None, keys: Sequence[str], state_dir: Path | Non
     """
     path = catalog_path(configured)
     if _same(path, catalog_path(None)):
-        return Trust(True, "it ships with the program")
+        return SHIPPED
     try:
         signature = CatalogSignature.load(signature_path(path))
         signature.check(path, [load_public(text) for text in keys])
@@ -131,14 +134,12 @@ def trust_of(configured: Path | None, keys: Sequence[str], state_dir: Path | Non
     return Trust(True, f"signed with key {signature.key_id}, counter {signature.counter}", signature.counter)
 
 
-def require_trust(configured: Path | None, keys: Sequence[str], state_dir: Path | None = None) -> Trust:
+def require(trust: Trust, configured: Path | None) -> None:
     """Raises `ConfigError` for a catalogue that is not trusted, with what to do."""
-    trust = trust_of(configured, keys, state_dir)
     if not trust.trusted:
         sign = "sign it with a key of models.trusted_keys (`edge-agent models sign-catalog`)"
         todo = f"{sign}, or set models.require_signed to false"
         raise ConfigError([f"models.catalog: {configured}: is not trusted: {trust.why}; {todo}"])
-    return trust
 
 
 def keep_counter(trust: Trust, state_dir: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import math
-import os
 import threading
 import time
 from collections import Counter, defaultdict
@@ -99,9 +98,9 @@ def _run_delay(pid: int) -> float:
     """Seconds that the threads of a process were ready and not running; 0 where the kernel does not count it."""
     total = 0
     try:
-        for thread in os.listdir(f"/proc/{pid}/task"):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
             with suppress(OSError, IndexError, ValueError):  # it has ended meanwhile
-                total += int(Path(f"/proc/{pid}/task/{thread}/schedstat").read_bytes().split()[1])
+                total += int((thread / "schedstat").read_bytes().split()[1])
     except OSError:
         return 0.0
     return total / 1e9

@@ -11,13 +11,14 @@ from agent.core.clock import ManualClock
 from agent.core.errors import ConfigError
 from agent.registry.catalog import load_catalog
 from agent.registry.locate import catalog_path
+from agent.registry.trust import SHIPPED
 from agent.settings import MAX_CHANGES, Reloads, Settings, changes, load_settings
 
 CATALOG = load_catalog(catalog_path(None))
 
 
 def settings(**sections: object) -> Settings:
-    return Settings(Config.model_validate(sections), CATALOG)
+    return Settings(Config.model_validate(sections), CATALOG, SHIPPED)
 
 
 def test_keys_that_differ_are_named_without_their_values() -> None:
@@ -41,7 +42,7 @@ def test_many_changes_are_counted() -> None:
 
 def test_another_catalogue_is_a_change() -> None:
     smaller = {name: family for name, family in CATALOG.families.items() if name != "motion"}
-    other = Settings(Config(), CATALOG.model_copy(update={"families": smaller}))
+    other = Settings(Config(), CATALOG.model_copy(update={"families": smaller}), SHIPPED)
     assert changes(settings(), other) == ["catalogue: motion"]
     assert other.digest() != settings().digest() == settings().digest()
 

@@ -13,7 +13,7 @@ from agent.config import Config
 from agent.core.errors import ConfigError
 from agent.registry.locate import catalog_path
 from agent.registry.signing import PrivateKey
-from agent.registry.trust import CatalogSignature, keep_counter, require_trust, signature_path, trust_of
+from agent.registry.trust import CatalogSignature, keep_counter, signature_path, trust_of
 from agent.settings import load_settings
 
 KEY, OTHER = PrivateKey.generate(), PrivateKey.generate()
@@ -91,7 +91,7 @@ def test_nor_one_with_a_file_that_is_no_signature(catalog: Path, text: str) -> N
 def test_an_earlier_one_is_refused_once_a_later_one_was_in_force(catalog: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
     sign(catalog, 5)
-    keep_counter(require_trust(catalog, TRUSTED, state), state)
+    keep_counter(trust_of(catalog, TRUSTED, state), state)
     sign(catalog, 4)
     assert why(catalog, TRUSTED, state) == "its counter 4 is below 5, which was in force already"
     sign(catalog, 4, allow_downgrade=True)
