@@ -339,7 +339,7 @@ def create_app(
     route("GET", "/ready", door.ready, http_models.ready_operation())
     route("GET", "/status", door.status, plain("application/json", "Targets, cache, counters, doors, load."))
     route("GET", "/explain/{request_id:path}", door.explain, http_models.explain_operation())
-    route("GET", "/recent", door.recent, plain("application/json", "A list of answers."))
+    route("GET", "/recent", door.recent, plain("application/json", "Answers and refusals, newest first.", many=True))
     route("GET", "/metrics", door.metrics, plain("text/plain", "Counters, histograms and gauges."))
     route("GET", "/", http_pages.status_page(), None)
     app.openapi = http_models.with_components(app.openapi)  # type: ignore[method-assign]

@@ -409,7 +409,8 @@ def alive_operation() -> dict[str, Any]:
     return {"responses": {"200": _json(AliveDocument, "The event loop turns.")}}
 
 
-def plain_operation(media_type: str, description: str) -> dict[str, Any]:
-    """An operation that answers with a document of `media_type`."""
-    schema = {"type": "object"} if media_type == "application/json" else {"type": "string"}
+def plain_operation(media_type: str, description: str, *, many: bool = False) -> dict[str, Any]:
+    """An operation that answers with a document of `media_type`; `many`: with a list of them."""
+    schema: dict[str, Any] = {"type": "object"} if media_type == "application/json" else {"type": "string"}
+    schema = {"type": "array", "items": schema} if many else schema
     return {"responses": {"200": {"description": description, "content": {media_type: {"schema": schema}}}}}

@@ -1,0 +1,124 @@
+"""What comes from outside and is parsed: lane messages, catalogues, the shipped configuration with changes in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.config_load import load_config
+from agent.core.errors import ConfigError, ProtocolError
+from agent.registry.catalog import Catalog, load_catalog
+from agent.registry.locate import catalog_path
+from agent.wire import lane, oip
+from tests.fuzz.payloads import MANY, PAYLOADS, SOME, VALUES
+
+ROOT = Path(__file__).resolve().parents[2]
+HEADERS = st.none() | st.integers(-5, 400)
+
+
+@MANY
+@given(PAYLOADS, HEADERS)
+def test_lane_messages(payload: bytes, header: int | None) -> None:
+    for decode in (oip.decode_request, oip.decode_response):
+        try:
+            decode(payload, header)
+        except ProtocolError as error:
+            assert str(error)
+    try:
+        lane.Presence.from_bytes(payload)
+    except ProtocolError as error:
+        assert str(error)
+    assert lane.decode_error(payload)
+
+
+@MANY
+@given(st.text(max_size=20) | st.floats().map(str) | st.integers().map(str))
+def test_budgets_in_lane_messages(text: str) -> None:
+    try:
+        seconds = lane.budget_s(text)
+    except ProtocolError as error:
+        assert lane.BUDGET_MS in str(error)
+    else:
+        assert seconds is not None and 0 <= seconds <= lane.MAX_BUDGET_S
+
+
+def places(document: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where something stands in a document."""
+    found = [at] if at else []
+    if isinstance(document, dict):
+        for key, value in document.items():
+            found += places(value, (*at, key))
+    elif isinstance(document, list):
+        for index, value in enumerate(document[:3]):
+            found += places(value, (*at, index))
+    return found
+
+
+def changed(document: Any, changes: list[tuple[tuple[Any, ...], Any]]) -> str:
+    """As YAML, with other values in some places; where a place has gone, that change is left out."""
+    fresh = yaml.safe_load(yaml.safe_dump(document))
+    for at, value in changes:
+        holder = fresh
+        try:
+            for key in at[:-1]:
+                holder = holder[key]
+            holder[at[-1]] = value
+        except (TypeError, KeyError, IndexError):
+            continue
+    return yaml.safe_dump(fresh, allow_unicode=True)
+
+
+def changes_of(path: Path) -> tuple[Any, st.SearchStrategy[Any]]:
+    document = yaml.safe_load(path.read_text())
+    change = st.tuples(st.sampled_from(places(document)), VALUES)
+    return document, st.lists(change, min_size=1, max_size=4)
+
+
+CONFIG, CONFIG_CHANGES = changes_of(ROOT / "systemd" / "edge-agent.yaml")
+CATALOG, CATALOG_CHANGES = changes_of(catalog_path(None))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place for catalogues, beside the files that they speak of."""
+    made = tmp_path_factory.mktemp("parsers")
+    for entry in catalog_path(None).parent.iterdir():
+        if entry.is_dir():
+            (made / entry.name).symlink_to(entry)
+    return made
+
+
+@SOME
+@given(CONFIG_CHANGES)
+def test_configurations_that_are_nearly_right(folder: Path, changes: list[tuple[tuple[Any, ...], Any]]) -> None:
+    path = folder / "edge-agent.yaml"
+    path.write_text(changed(CONFIG, changes))
+    try:
+        load_config(path, {})
+    except ConfigError as error:
+        assert error.problems and all(problem.startswith(str(path)) for problem in error.problems)
+
+
+@SOME
+@given(CATALOG_CHANGES)
+def test_catalogues_that_are_nearly_right(folder: Path, changes: list[tuple[tuple[Any, ...], Any]]) -> None:
+    path = folder / "catalog.yaml"
+    path.write_text(changed(CATALOG, changes))
+    try:
+        assert isinstance(load_catalog(path, verify=False), Catalog)
+    except ConfigError as error:
+        assert error.problems and all(problem.startswith(str(path)) for problem in error.problems)
+
+
+@MANY
+@given(st.binary(max_size=400))
+def test_bytes_that_are_no_catalogue(folder: Path, data: bytes) -> None:
+    path = folder / "bytes.yaml"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError):
+        load_catalog(path)
