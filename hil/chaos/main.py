@@ -20,11 +20,12 @@ from agent.registry.catalog import load_catalog
 from agent.registry.locate import catalog_path
 from hil.chaos.callers import Caller, HttpCaller, HttpProducer, MqttProducer, Receiver, Sensor
 from hil.chaos.faults import bring_about
-from hil.chaos.ledger import BAD, Judge, Ledger, Stalls, Windows, bad
+from hil.chaos.ledger import BAD, Judge, Ledger, Windows, bad
 from hil.chaos.schedule import KINDS, Fault, schedule
 from hil.chaos.site import GATEWAY, Site, libfaketime
 from hil.processes import Stage, StartError, interruptible
 from hil.sim.answers import run_models
+from hil.stalls import Stalls
 
 DRAIN_S = 90.0
 """After the last fault everything that was accepted is delivered within this."""

@@ -19,6 +19,7 @@ from hil.demo.players import Player
 from hil.processes import Process, Stage, StartError, free_port, interruptible
 from hil.soak.traffic import DURABLE, SENSORS, HttpCaller, Recent
 from hil.soak.watch import WARM_UP, Sample, Ticker, held, quantile, verdict
+from hil.stalls import Stalls
 
 GATEWAY = "soak"
 LANES = ("gpu", "serverless")
@@ -72,7 +73,9 @@ def _soak(seconds: float, rate_hz: float, interval_s: float) -> list[Sample]:
         ports = {name: free_port() for name in ("local", "cloud", "http")}
         process = _start(stage, ports)
         Daemon(ports["http"]).wait_until_complete()
-        ledger = Recent()
+        stalls = Stalls(lambda: process.pid)
+        stalls.start()
+        ledger = Recent(stalls)
         players = [
             Player(sensor, catalog, ledger, ports["local"], GATEWAY, rate_hz * (1 - HTTP_SHARE) * sensor.share)
             for sensor in SENSORS
@@ -86,6 +89,7 @@ def _soak(seconds: float, rate_hz: float, interval_s: float) -> list[Sample]:
             player.halt()
             player.close()
         caller.halt()
+        stalls.stop()
     return samples
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from agent.registry.catalog import Catalog
 from hil.demo.ledger import Asked, Ledger
 from hil.demo.players import Sensor, heldout
+from hil.stalls import Stalls
 
 PATIENCE_S = 30.0
 """An answer that has not come after this is lost: well beyond every deadline and every delivery."""
@@ -31,10 +32,12 @@ DURABLE = "parts"
 
 
 class Recent(Ledger):
-    """A ledger that does not grow: what is answered leaves its times behind, and is forgotten."""
+    """A ledger that does not grow: what is answered leaves its times behind, and is forgotten. Of the times, what the
+    machine took meanwhile is left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, stalls: Stalls) -> None:
         super().__init__()
+        self._stalls = stalls
         self.took_ms: dict[str, list[float]] = {}
         self.answered = self.refused = self.lost = 0
         self._order: deque[str] = deque()
@@ -43,7 +46,7 @@ class Recent(Ledger):
         with self.lock:
             asked = self.asked.pop(request_id, None)
             if asked is not None:
-                self._count(asked.sensor, "error" in answer, now - asked.sent_s)
+                self._count(asked.sensor, "error" in answer, asked.sent_s, now)
 
     def sent(self, request_id: str, asked: Asked) -> None:
         with self.lock:
@@ -51,10 +54,10 @@ class Recent(Ledger):
             self._order.append(request_id)
             self._give_up(asked.sent_s - PATIENCE_S)
 
-    def took(self, sensor: str, refused: bool, seconds: float) -> None:
+    def took(self, sensor: str, refused: bool, sent: float, now: float) -> None:
         """Of a caller that waits for its own answer."""
         with self.lock:
-            self._count(sensor, refused, seconds)
+            self._count(sensor, refused, sent, now)
 
     def failed(self) -> None:
         with self.lock:
@@ -68,9 +71,10 @@ class Recent(Ledger):
             self.took_ms, self.answered, self.refused, self.lost = {}, 0, 0, 0
             return taken
 
-    def _count(self, sensor: str, refused: bool, seconds: float) -> None:
+    def _count(self, sensor: str, refused: bool, sent: float, now: float) -> None:
         self.answered += 1
         self.refused += refused
+        seconds = max(0.0, now - sent - self._stalls.between(sent, now))
         self.took_ms.setdefault(sensor, []).append(seconds * 1e3)
 
     def _give_up(self, before: float) -> None:
@@ -108,7 +112,7 @@ class HttpCaller(threading.Thread):
                 connection.request("POST", "/infer", body, {"content-type": "application/json"})
                 response = connection.getresponse()
                 response.read()
-                self._ledger.took("http", response.status != 200, time.monotonic() - started)
+                self._ledger.took("http", response.status != 200, started, time.monotonic())
             except (OSError, http.client.HTTPException):
                 self._ledger.failed()
                 connection.close()

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from hil.chaos.ledger import BAD, Asked, Judge, Kept, Ledger, Stalls, Windows
+from hil.chaos.ledger import BAD, Asked, Judge, Kept, Ledger, Windows
+from hil.stalls import Stalls
 
 LABELS = {"digits/gateway-fp16": ["1", "2"], "gateway-fp16": ["1", "2"]}
 RIGHT = {"label": "2", "variant": "gateway-fp16", "tier": "edge_gpu", "origin_tier": "edge_gpu", "same_input": True}

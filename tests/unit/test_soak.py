@@ -9,6 +9,7 @@ import pytest
 from hil.demo.ledger import Asked
 from hil.soak.traffic import PATIENCE_S, Recent
 from hil.soak.watch import Sample, verdict
+from hil.stalls import Stalls
 
 FLAT = Sample(0.0, 80.0, 50.0, 40, 7, 100, 0, 0, 2.0, 10.0, 5.0, 1.0)
 
@@ -45,7 +46,7 @@ def test_one_lost_request_is_enough() -> None:
 
 
 def test_the_ledger_forgets_what_is_answered_and_gives_up_what_is_not() -> None:
-    ledger = Recent()
+    ledger = Recent(Stalls(lambda: 0))
     for name, at in (("a", 0.0), ("b", 1.0), ("c", 2.0)):
         ledger.sent(name, Asked("meter", "digits", "realtime", "1", at))
     ledger.received("b", {"label": "1"}, 1.25)
