@@ -61,7 +61,7 @@ def main() -> int:
             "verdict": [dict(zip(("what", "before", "after", "flat"), line, strict=True)) for line in lines],
         }
         args.json.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"\nfirst and last third after the first {WARM_UP:.0%}, medians:")
+    print(f"\nfirst and last third after the first {WARM_UP:.0%}:")
     for what, before, after, flat in lines:
         print(f"  {what:14} {before:9.2f} {after:9.2f}   {'flat' if flat else 'NOT FLAT'}")
     return 0 if all(flat for *_, flat in lines) else 1
