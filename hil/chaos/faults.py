@@ -33,9 +33,9 @@ def _daemon_ends(site: Site, end: Callable[[], object], damaged: str = "") -> It
     with site.daemon_lock:
         begun = time.monotonic()
         end()
-        if damaged:
-            site.damage(site.state / damaged)
         try:
+            if damaged:
+                site.damage(site.state / damaged)
             yield
         finally:
             site.start_daemon()

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -206,14 +207,13 @@ class Site:
         """Overwrite two pages behind the first one of a database that nobody has open now; what it holds is noted."""
         if not path.exists():
             return
-        with sqlite3.connect(path) as database:
+        with suppress(sqlite3.Error), closing(sqlite3.connect(path)) as database:  # the disk may be full as well
             if path.name == "outbox.sqlite":
                 self.set_aside |= {row[0] for row in database.execute("SELECT id FROM items")}
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        database.close()
         with path.open("r+b") as file:
             file.seek(4096)
-            file.write(b"\xa5" * 8192)
+            file.write(b"\xa5" * min(8192, max(0, path.stat().st_size - 4096)))
 
     def fill(self) -> Path:
         """Take what is left of the file system. Returns the ballast."""
