@@ -118,24 +118,25 @@ async def _run(seed: int, minutes: float, kinds: tuple[str, ...], folder: Path) 
     inputs = [value.tolist() for value in samples.inputs]
     labels = {variant: [_label(samples, answer) for answer in answers] for variant, answers in samples.outputs.items()}
     ledger, windows = Ledger(), Windows()
-    with Stage(folder) as stage:
-        site = Site(stage, catalog, windows, seed)
-        stalls = Stalls(lambda: site.daemon.pid)
-        try:
-            await site.start()
-            possible = {name for name in kinds if not KINDS[name].needs or KINDS[name].needs in site.can}
-            faults = schedule(seed, minutes * 60, possible)
-            print(f"seed {seed}: {len(faults)} faults in {minutes:g} minutes", flush=True)
-            stalls.start()
-            callers, receiver = await asyncio.to_thread(_callers, site, ledger, inputs, seed)
-            await _play(site, faults, minutes * 60)
-            await asyncio.to_thread(_finish, site, ledger, callers, receiver)
-            stalls.stop()
-        finally:
-            await site.stop()
-        handed_on = site.handed_on()
-        for process in (site.daemon, *site.workers.values(), site.board):
-            process.terminate()
+    stage = Stage(folder)
+    site = Site(stage, catalog, windows, seed)
+    stalls = Stalls(lambda: site.daemon.pid)
+    try:
+        with stage:
+            try:
+                await site.start()
+                possible = {name for name in kinds if not KINDS[name].needs or KINDS[name].needs in site.can}
+                faults = schedule(seed, minutes * 60, possible)
+                print(f"seed {seed}: {len(faults)} faults in {minutes:g} minutes", flush=True)
+                stalls.start()
+                callers, receiver = await asyncio.to_thread(_callers, site, ledger, inputs, seed)
+                await _play(site, faults, minutes * 60)
+                await asyncio.to_thread(_finish, site, ledger, callers, receiver)
+                stalls.stop()
+            finally:
+                await site.stop()
+            handed_on = site.handed_on()
+    finally:
         site.unmount()
     judge = Judge(labels, windows, stalls)
     requests = Counter(judge.request(asked) for asked in ledger.asked)

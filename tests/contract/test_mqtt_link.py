@@ -25,6 +25,7 @@ from agent.link.mqtt import (
     MqttLink,
     Will,
 )
+from hil.linkcut import LinkCut
 from tests.brokers import MOSQUITTO, Broker, SilentServer, free_port, has_rumqttd, mosquitto, rumqttd, running, until
 
 needs_mosquitto = pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
@@ -174,6 +175,24 @@ async def test_silent_broker_is_not_connected(links: Links) -> None:
         assert not link.state.permanent
     finally:
         server.close()
+
+
+async def test_half_open_connection_is_found_by_keep_alive(broker: Broker, links: Links) -> None:
+    """A cable that is pulled tells nobody: no FIN, no RST. After one and a half intervals without a word the link is
+    down, with the reason, and comes back when the cable does."""
+    cable = LinkCut(free_port(), broker.port)
+    await cable.start()
+    try:
+        link = links.make(f"mqtt://127.0.0.1:{cable.port}", "far", keepalive_s=1, connect_timeout_s=0.5)
+        await link.start()
+        await until(lambda: link.connected, what="connected")
+        cable.cut()
+        await until(lambda: not link.connected, 20.0, "the silence noticed")
+        assert link.state.reason and not link.state.permanent
+        cable.mend()
+        await until(lambda: link.connected, 20.0, "connected again")
+    finally:
+        await cable.stop()
 
 
 async def test_nothing_listens(links: Links) -> None:
