@@ -200,8 +200,10 @@ class Stage:
         name: str = "daemon",
         module: str = "agent.cli",
         environ: Mapping[str, str] | None = None,
+        limit_s: float = START_LIMIT_S,
     ) -> Process:
-        """The daemon; returns when it has said READY the way systemd hears it."""
+        """The daemon; returns when it has said READY the way systemd hears it. Raises `StartError`; it has ended then,
+        as nobody could end it."""
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(dict(config), sort_keys=False))
         notify = self.folder / f"{name}.notify"
@@ -214,7 +216,11 @@ class Stage:
                 [sys.executable, "-m", module, "run", "--config", str(path)],
                 {"NOTIFY_SOCKET": str(notify), "PYTHONUNBUFFERED": "1", **(environ or {})},
             )
-            process.wait_until(lambda: _ready(listener), "READY=1")
+            try:
+                process.wait_until(lambda: _ready(listener), "READY=1", limit_s)
+            except StartError:
+                process.kill()
+                raise
         return process
 
 

@@ -30,18 +30,23 @@ def bring_about(site: Site, fault: Fault) -> None:
 
 @contextmanager
 def _daemon_ends(site: Site, end: Callable[[], object], damaged: str = "") -> Iterator[None]:
+    """`end` ends the daemon there is once nobody else has it, which need not be the one that there is now."""
     with site.daemon_lock:
         begun = time.monotonic()
         end()
+        said = site.daemon.log.stat().st_size
         try:
             if damaged:
                 site.damage(site.state / damaged)
             yield
         finally:
-            site.start_daemon()
-            site.windows.add("daemon", begun, time.monotonic())
+            try:
+                site.start_daemon()
+            finally:
+                site.windows.add("daemon", begun, time.monotonic())
     site.linked()
     site.windows.add("door", begun, time.monotonic())
+    site.named(said)
 
 
 @contextmanager
@@ -183,11 +188,11 @@ def _the_worker(site: Site, fault: Fault) -> Process:
 
 
 _HOW: dict[str, How] = {
-    "daemon killed": lambda site, _: _daemon_ends(site, site.daemon.kill),
+    "daemon killed": lambda site, _: _daemon_ends(site, lambda: site.daemon.kill()),
     "daemon stopped": lambda site, _: _daemon_stopped(site),
     "daemon terminated": lambda site, _: _daemon_ends(site, site.terminate_daemon),
-    "cache damaged": lambda site, _: _daemon_ends(site, site.daemon.kill, "cache.sqlite"),
-    "outbox damaged": lambda site, _: _daemon_ends(site, site.daemon.kill, "outbox/outbox.sqlite"),
+    "cache damaged": lambda site, _: _daemon_ends(site, lambda: site.daemon.kill(), "cache.sqlite"),
+    "outbox damaged": lambda site, _: _daemon_ends(site, lambda: site.daemon.kill(), "outbox/outbox.sqlite"),
     "runtime killed": lambda site, _: _runtime(site, signal.SIGKILL),
     "runtime stopped": lambda site, _: _runtime(site, signal.SIGSTOP),
     "broker killed": lambda site, _: _broker(site, kill=True),

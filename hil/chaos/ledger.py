@@ -14,6 +14,8 @@ from hil.stalls import Stalls
 
 GRACE_S = 0.1
 """An answer or a refusal is due this long after the deadline."""
+LOOKS = 20
+"""While the machine takes more, more may be taken; at most so often."""
 EDGE_S = 0.25
 """A connection that broke this close to the death of the daemon broke because of it."""
 BROKER_EDGE_S = 3.0
@@ -100,40 +102,56 @@ class Ledger:
 class Judge:
     """What the models answer to each sample, and when what was away."""
 
-    def __init__(self, labels: Mapping[str, list[str]], windows: Windows, stalls: Stalls) -> None:
-        """`labels[variant]`: of each sample what that variant says."""
+    def __init__(
+        self, labels: Mapping[str, list[str]], windows: Windows, stalls: Stalls, began: float = -math.inf
+    ) -> None:
+        """`labels[variant]`: of each sample what that variant says. `began`: when the gateway was empty, monotonic
+        seconds."""
         self._labels = labels
         self._windows = windows
         self._stalls = stalls
+        self._began = began
 
-    def labelled(self, sample: int, answer: Mapping[str, Any]) -> bool:
+    def labelled(self, sample: int, answer: Mapping[str, Any], done: float = math.inf) -> bool:
         """Whether an answer is what it says it is: that variant's own answer to this input; or an earlier one, and says
-        so."""
+        so, with an age that it can have: a clock that jumps makes none of a year."""
         label, variant = answer.get("label"), str(answer.get("variant"))
+        if not 0 <= answer.get("age_s", 0) <= done - self._began:
+            return False
         if answer.get("stale") and not answer.get("same_input"):
-            return answer.get("tier") == "fallback" and answer.get("age_s", 0) > 0
+            return answer.get("tier") == "fallback" and "age_s" in answer
         known = self._labels.get(variant)
         tier = "fallback" if answer.get("stale") else answer.get("origin_tier")
         return known is not None and known[sample] == label and bool(answer.get("tier") == tier or answer.get("cached"))
 
+    def due(self, asked: Asked) -> float:
+        """When there must be an answer: a grace after the deadline, and later by what the machine took until then."""
+        least = due = asked.at + asked.deadline_s + GRACE_S
+        for _ in range(LOOKS):
+            later = least + self._stalls.between(asked.at, due)
+            if later <= due:
+                break
+            due = later
+        return due
+
     def request(self, asked: Asked) -> str:
         """One word for what came of it."""
-        due = asked.at + asked.deadline_s + GRACE_S
+        due = self.due(asked)
         away = ("daemon",) if asked.door == "http" else ("daemon", "door", "broker", "local link")
         excused = self._windows.overlap(away, asked.at - EDGE_S, min(asked.done, due) + EDGE_S)
         if not asked.answer:
             return "daemon away" if excused else "silent"
-        if asked.done > due + self._stalls.between(asked.at, asked.done):
+        if asked.done > due:
             return "answered after a stop" if excused else "late"
         if "error" in asked.answer:
             return "refused"
-        if not self.labelled(asked.sample, asked.answer):
+        if not self.labelled(asked.sample, asked.answer, asked.done):
             return "unlabelled"
         return "stale, and says so" if asked.answer.get("stale") else "answered"
 
     def item(self, name: str, item: Kept, ledger: Ledger, set_aside: set[str], handed_on: Mapping[str, float]) -> str:
-        """One word for what became of a durable item. `set_aside`: ids in damaged files; `handed_on`: when a broker
-        acknowledged an id."""
+        """One word for what became of a durable item. `set_aside`: ids that damaged files knew; `handed_on`: when a
+        broker acknowledged an id."""
         if item.acknowledged is None:
             return "never accepted"
         if not item.ids:
@@ -144,7 +162,7 @@ class Judge:
                 return "acknowledged by the broker, which was killed"
             return "lost"
         if len(item.ids) > 1:
-            return "twice" if not set_aside else "again, after its file was set aside"
+            return "again, after its file was set aside" if len(item.ids - set_aside) <= 1 else "twice"
         status, document = ledger.results[next(iter(item.ids))]
         if status != "ok":
             return f"answered with {status}"

@@ -71,9 +71,9 @@ KINDS: Final = {
         Kind("local reset", "local link", (0.1, 0.3), "connections to the gateway's broker reset (RST)"),
         Kind("local black hole", "local link", (1, 5), "nothing passes to the gateway's broker"),
         Kind("disk full", "disk", (1, 5), "the file system with the daemon's state is filled up", "tmpfs"),
-        Kind("clock a year on", "clock", (2, 4), "the wall clock of the daemon jumps a year on, and back", "faketime"),
+        Kind("clock a year on", "clock", (2, 4), "the wall clock of the daemon jumps a year on, and back", "compiler"),
         Kind(
-            "clock a year back", "clock", (2, 4), "the wall clock of the daemon jumps a year back, and on", "faketime"
+            "clock a year back", "clock", (2, 4), "the wall clock of the daemon jumps a year back, and on", "compiler"
         ),
     )
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -12,14 +13,16 @@ import threading
 import time
 import urllib.request
 from contextlib import closing, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from agent.registry.catalog import Catalog
 from hil.chaos.ledger import Windows
 from hil.linkcut import LinkCut
-from hil.processes import Process, Stage, free_port
+from hil.processes import Process, Stage, StartError, free_port
 from hil.virtual.control import Control
+from hil.wallclock import WallClock, compiler
 
 GATEWAY = "chaos"
 LANE = "lanes/gpu"
@@ -29,13 +32,7 @@ STATUS_LIMIT_S = 2.0
 BACK_LIMIT_S = 40.0
 """How long the daemon may take to have its links again after a fault of theirs."""
 STOP_LIMIT_S = 15.0
-FAKETIME = "faketime/libfaketimeMT.so.1"
-
-
-def libfaketime() -> str:
-    """The library of Debian's `faketime`; empty if it is not installed."""
-    found = sorted(Path("/usr/lib").glob(f"*/{FAKETIME}")) + sorted(Path("/usr/lib").glob(FAKETIME))
-    return str(found[0]) if found else ""
+SET_ASIDE = '"event":"a file is damaged and was set aside'
 
 
 class Site:
@@ -52,13 +49,16 @@ class Site:
         self.state = stage.folder / "state"
         self.mcu_port = stage.folder / "ttyMCU"
         self.control_path = stage.folder / "mcu.sock"
-        self._clock = stage.folder / "clock"
+        self._clock = WallClock(stage.folder) if compiler() else None
+        self._copies = count()
+        self._damaged: set[str] = set()
         self._mounted = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self.daemon_lock = threading.RLock()
         """Held while the daemon is away on purpose."""
         self.workers: dict[str, Process] = {}
         self.set_aside: set[str] = set()
+        """Ids of items that a file knew which the daemon has set aside, and named in its log."""
         self.deaths: list[str] = []
         """Ends of the daemon that nobody caused."""
 
@@ -72,7 +72,6 @@ class Site:
     def _start(self) -> None:
         self.state.mkdir()
         self._mounted = _mount(self.state)
-        self.set_clock(0)
         self.start_broker()
         self.start_cloud_broker()
         self.start_board()
@@ -93,7 +92,7 @@ class Site:
     @property
     def can(self) -> set[str]:
         """What this machine has for faults that need something."""
-        return {name for name, here in (("tmpfs", self._mounted), ("faketime", bool(libfaketime()))) if here}
+        return {name for name, here in (("tmpfs", self._mounted), ("compiler", self._clock is not None)) if here}
 
     # -- processes
 
@@ -124,15 +123,7 @@ class Site:
         return process
 
     def start_daemon(self) -> None:
-        environ = {}
-        if library := libfaketime():
-            environ = {
-                "LD_PRELOAD": library,
-                "FAKETIME_TIMESTAMP_FILE": str(self._clock),
-                "FAKETIME_CACHE_DURATION": "1",  # a look at the file at every call would slow everything down
-                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            }
-        self.daemon = self.stage.daemon(self._config(), environ=environ)
+        self.daemon = self.stage.daemon(self._config(), environ=self._clock.environ if self._clock else {})
 
     def terminate_daemon(self) -> None:
         """SIGTERM; it must end by itself, and with 0."""
@@ -142,9 +133,8 @@ class Site:
 
     def set_clock(self, offset_s: int) -> None:
         """The daemon's wall clock, against the machine's."""
-        fresh = self._clock.with_suffix(".new")
-        fresh.write_text(f"{offset_s:+d}\n")
-        fresh.replace(self._clock)
+        if self._clock:
+            self._clock.set(offset_s)
 
     def control(self) -> Control:
         return Control(self.control_path)
@@ -192,14 +182,22 @@ class Site:
         return pid
 
     def watch(self) -> None:
-        """A daemon that ended by itself is started again, as systemd would; that it did is a failure of the run."""
-        with self.daemon_lock:
+        """A daemon that ended by itself is started again, as systemd would; that it did is a failure of the run.
+        Nothing is done while a fault has it: what comes next must not wait for that."""
+        if not self.daemon_lock.acquire(blocking=False):
+            return
+        try:
             if self.daemon.alive():
                 return
             self.deaths.append(f"the daemon ended by itself:\n{self.daemon.tail()}")
             begun = time.monotonic()
-            self.start_daemon()
+            try:
+                self.start_daemon()
+            except StartError as error:
+                self.deaths.append(f"and could not be started again: {error}")
             self.windows.add("daemon", begun, time.monotonic())
+        finally:
+            self.daemon_lock.release()
 
     # -- its files
 
@@ -207,13 +205,35 @@ class Site:
         """Overwrite two pages behind the first one of a database that nobody has open now; what it holds is noted."""
         if not path.exists():
             return
+        if path.name == "outbox.sqlite":
+            self._damaged |= self._known(path)
         with suppress(sqlite3.Error), closing(sqlite3.connect(path)) as database:  # the disk may be full as well
-            if path.name == "outbox.sqlite":
-                self.set_aside |= {row[0] for row in database.execute("SELECT id FROM items")}
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         with path.open("r+b") as file:
             file.seek(4096)
             file.write(b"\xa5" * min(8192, max(0, path.stat().st_size - 4096)))
+
+    def _known(self, path: Path) -> set[str]:
+        """Ids of every item in an outbox, and of every one that it would know again. Read from a copy: where it lies
+        there may be no room for what SQLite writes to read it."""
+        copy = self.stage.folder / f"outbox-{next(self._copies)}.sqlite"
+        for suffix in ("", "-wal"):
+            with suppress(FileNotFoundError):
+                shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
+        with closing(sqlite3.connect(copy)) as database:
+            try:
+                return {row[0] for row in database.execute("SELECT id FROM items UNION SELECT id FROM known")}
+            except sqlite3.DatabaseError:  # Damaged before, and not set aside yet: its ids were noted then.
+                return set()
+
+    def named(self, since: int) -> None:
+        """What was damaged counts as set aside if the daemon's log, from this byte on, names the file."""
+        with self.daemon.log.open("rb") as log:
+            log.seek(since)
+            lines = log.read().decode("utf-8", "replace").splitlines()
+        if any(SET_ASIDE in line and "outbox.sqlite.damaged-" in line for line in lines):
+            self.set_aside |= self._damaged
+            self._damaged.clear()
 
     def fill(self) -> Path:
         """Take what is left of the file system. Returns the ballast."""

@@ -32,7 +32,7 @@ def judged(
     if away:
         windows.add(*away)
     asked = Asked(how.get("door", "http"), 1, 10.0, 0.1, done, 200, answer)
-    return Judge(LABELS, windows, Still(how.get("stall", 0.0))).request(asked)
+    return Judge(LABELS, windows, Still(how.get("stall", 0.0)), began=0.0).request(asked)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,10 @@ def judged(
         (STALE | {"label": "1"}, "unlabelled"),
         (STALE | {"tier": "edge_gpu"}, "unlabelled"),
         (STALE | {"label": "1", "same_input": False}, "stale, and says so"),
-        (STALE | {"label": "1", "same_input": False, "age_s": 0.0}, "unlabelled"),
+        (STALE | {"label": "1", "same_input": False, "age_s": 0.0}, "stale, and says so"),
+        (STALE | {"label": "1", "same_input": False, "age_s": -1.0}, "unlabelled"),
+        (STALE | {"label": "1", "same_input": False, "age_s": 365 * 86400.0}, "unlabelled"),
+        (STALE | {"age_s": 365 * 86400.0}, "unlabelled"),
         ({"error": {"code": "overloaded"}}, "refused"),
         ({}, "silent"),
     ],
@@ -66,6 +69,12 @@ def test_a_deadline_and_a_tenth_of_a_second() -> None:
 def test_what_the_machine_took_does_not_count() -> None:
     assert judged(RIGHT, done=10.25, stall=0.1) == "answered"
     assert judged(RIGHT, done=10.35, stall=0.1) == "late"
+
+
+def test_a_daemon_that_was_not_let_run_and_then_killed_was_not_silent() -> None:
+    assert judged({}, done=10.9, away=("daemon", 10.8, 12.0)) == "silent"
+    assert judged({}, done=10.9, away=("daemon", 10.8, 12.0), stall=0.5) == "daemon away"
+    assert judged({}, done=12.0, stall=0.5) == "silent"
 
 
 def test_only_the_daemons_own_absence_excuses_silence() -> None:
@@ -108,6 +117,8 @@ def test_delivered_once_as_the_application_sees_it() -> None:
     assert (kept(ledger), ledger.repeats) == ("delivered", 2)
     ledger.delivered("id-2", "ok", RIGHT | {"request_id": "a"})
     assert kept(ledger) == "twice"
+    assert kept(ledger, set_aside={"id-of-another"}) == "twice"
+    assert kept(ledger, set_aside={"id-1"}) == "again, after its file was set aside"
 
 
 def test_a_wrong_or_refused_result_is_not_delivered() -> None:
