@@ -76,6 +76,9 @@ class HttpServer:
 
     async def stop(self, limit_s: float) -> None:
         """Accept nothing new, let requests finish for `limit_s`, then cancel them."""
+        if self._listener is not None:  # the server closes its own
+            self._listener.close()
+            self._listener = None
         if self._task is None:
             return
         self._server.config.timeout_graceful_shutdown = math.ceil(limit_s)
@@ -88,9 +91,6 @@ class HttpServer:
         if cancelled:
             await asyncio.wait(cancelled, timeout=1)
         self._task = None
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
 
     def hand_over(self) -> socket.socket | None:
         """Take the listening socket away, before `stop`: it stays open, for the next server."""
