@@ -142,7 +142,7 @@ TWICE = [{"name": n, "maps": "window", "dtype": "float32", "shape": [1, 4]} for 
         (bent("variants.small.sha256", "0" * 64), "small.sha256: the file toy/edge_mcu.tflite is not the one recorded"),
         (bent("variants.small.bytes", 5), "small.bytes: the file toy/edge_mcu.tflite has 19 bytes, 5 are recorded"),
         (bent("variants.small.path", "toy/none.tflite"), "small.path: cannot be read: No such file"),
-        (bent("variants.small.path", "toy"), "small.path: cannot be read: Is a directory"),
+        (bent("variants.small.path", "toy"), "small.path: is no plain file: 'toy'"),
         (bent("variants.small.path", "../x.tflite"), "small.path: must stay below the catalogue's folder"),
         (bent("variants.small.path", "/etc/passwd"), "small.path: must stay below the catalogue's folder"),
         (bent("variants.small.path", "toy/\0"), "small.path: must stay below the catalogue's folder"),
