@@ -19,24 +19,11 @@ from agent.runtimes.base import Confinement, ModelFile
 from agent.runtimes.isolated import ProcessEngine
 from agent.runtimes.pool import RuntimePool
 from agent.runtimes.runners import RuntimeOptions
+from tests.protobuf import field, varint
 
 CATALOG = load_catalog(catalog_path(None))
 VARIANTS = [variant for family in CATALOG.families.values() for variant in family.variants.values()]
 MUTATIONS = 300
-
-
-def varint(value: int) -> bytes:
-    found = b""
-    while value > 0x7F:
-        found += bytes([value & 0x7F | 0x80])
-        value >>= 7
-    return found + bytes([value])
-
-
-def field(number: int, value: bytes | int) -> bytes:
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    return varint(number << 3 | 2) + varint(len(value)) + value
 
 
 def onnx(tensor: bytes = b"") -> bytes:
