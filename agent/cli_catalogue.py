@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from agent.runtimes.base import LoadedModel
 
 EXIT_OK, EXIT_FAILED = 0, 1
+MEMORY_MB, SECONDS = 1024, 60.0
 
 
 def add_parsers(actions: argparse._SubParsersAction[Any]) -> None:
@@ -22,12 +23,9 @@ def add_parsers(actions: argparse._SubParsersAction[Any]) -> None:
     which.add_argument("--catalog", type=Path, metavar="FILE", required=True, help="catalog.yaml")
 
     limits = argparse.ArgumentParser(add_help=False)
-    limits.add_argument(
-        "--memory-mb", type=int, default=1024, metavar="MB", help="that opening a file may take (default %(default)s)"
-    )
-    limits.add_argument(
-        "--seconds", type=float, default=60, metavar="S", help="that opening a file may take (default %(default)s)"
-    )
+    most = "that opening a file may take (default %(default)s)"
+    limits.add_argument("--memory-mb", type=int, default=MEMORY_MB, metavar="MB", help=most)
+    limits.add_argument("--seconds", type=float, default=SECONDS, metavar="S", help=most)
 
     sign = actions.add_parser(
         "sign-catalog", parents=[which, limits], help="sign a catalogue, and with it every file whose SHA-256 it holds"
@@ -113,9 +111,7 @@ def _inspect_all(catalog: Catalog, memory_mb: int, seconds: float) -> None:
         for variant in family.variants.values():
             path = catalog.path(variant)
             try:
-                data = path.read_bytes()
-                _look_through(path, data, variant.format)
-                loaded = asyncio.run(_try(path, data, variant.format, memory_mb, seconds))
+                loaded = inspect(path, path.read_bytes(), variant.format, memory_mb, seconds)
                 if fault := misfit(variant, loaded.inputs, loaded.outputs):
                     raise ValueError(fault)
                 print(f"{variant.name}: {loaded.provider}")
@@ -125,6 +121,13 @@ def _inspect_all(catalog: Catalog, memory_mb: int, seconds: float) -> None:
                 problems.append(f"{variant.name}: {variant.path}: {error}; it is not signed")
     if problems:
         raise ConfigError(problems)
+
+
+def inspect(path: Path, data: bytes, format: Any, memory_mb: int = MEMORY_MB, seconds: float = SECONDS) -> LoadedModel:
+    """Look through the content of a file, then open it and run it once in a disposable process. Raises
+    `RuntimeUnavailable` or `ValueError`."""
+    _look_through(path, data, format)
+    return asyncio.run(_try(path, data, format, memory_mb, seconds))
 
 
 def _look_through(path: Path, data: bytes, format: Any) -> None:

@@ -187,6 +187,17 @@ def test_files_are_not_looked_at_where_that_is_not_wanted(folder: Folder) -> Non
     assert folder.load(verify=False).family("toy").variants["small"].path == "toy/none.tflite"
 
 
+def test_one_whole_file_is_enough_where_that_is_said(folder: Folder) -> None:
+    first, *others = folder.variants.values()
+    for variant in others:
+        (folder.root / variant["path"]).write_bytes(b"damaged")
+    assert folder.load(any_file=True).family("toy")
+    (folder.root / first["path"]).unlink()
+    with pytest.raises(ConfigError) as caught:
+        folder.load(any_file=True)
+    assert len(caught.value.problems) == 3
+
+
 def test_every_damaged_file_gets_its_line(folder: Folder) -> None:
     for variant in folder.variants.values():
         (folder.root / variant["path"]).write_bytes(b"damaged")
