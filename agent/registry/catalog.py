@@ -211,9 +211,14 @@ class Catalog(_Strict):
     def below(self, field: str, relative: str) -> Path:
         """Of any file that the catalogue names in `field`. Raises `ValueError`, as `file`."""
         path = self.root / relative
-        if not path.resolve().is_relative_to(self.root.resolve()):
+        try:
+            inside = path.resolve().is_relative_to(self.root.resolve())
+            plain = path.is_file() or not path.exists()
+        except (OSError, RuntimeError) as error:  # a name that is too long; links that go round in a circle
+            raise ValueError(f"{field}: leads nowhere: {relative[:100]!r} ({error.__class__.__name__})") from None
+        if not inside:
             raise ValueError(f"{field}: leads out of the catalogue's folder: {relative!r}")
-        if path.exists() and not path.is_file():
+        if not plain:
             raise ValueError(f"{field}: is no plain file: {relative!r}")
         return path
 

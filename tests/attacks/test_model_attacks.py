@@ -169,7 +169,7 @@ def test_names_that_are_paths(site: Site, name: str) -> None:
     assert "families" in site.refusal(require_signed=False)
 
 
-@pytest.mark.parametrize("what", ["symlink", "symlinked folder", "fifo", "device"])
+@pytest.mark.parametrize("what", ["symlink", "symlinked folder", "fifo", "device", "circle", "long name"])
 def test_files_that_are_no_files_of_the_catalogue(site: Site, what: str, tmp_path: Path) -> None:
     """Nothing of them is read: a pipe or a device could be read for ever."""
     entry = site.variant("digits/gateway-fp16")
@@ -186,6 +186,12 @@ def test_files_that_are_no_files_of_the_catalogue(site: Site, what: str, tmp_pat
         entry["path"] = "trap/model.tflite"
     elif what == "device":
         trap.symlink_to("/dev/zero")
+    elif what == "circle":
+        trap.symlink_to(trap)
+        expected = "leads nowhere"
+    elif what == "long name":
+        entry["path"] = "x" * 5000
+        expected = "leads nowhere"
     else:
         os.mkfifo(trap)
         expected = "is no plain file"
