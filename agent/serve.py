@@ -47,6 +47,7 @@ class Service:
         self._stop = asyncio.Event()
         self._reload = asyncio.Event()
         self._asked = asyncio.Event()
+        self._broken = ""
 
     async def serve(self, settings: Settings) -> int:
         """Until SIGTERM or SIGINT. Returns the exit code."""
@@ -62,6 +63,10 @@ class Service:
         except (ConfigError, LinkError) as error:
             log.error("cannot start", extra={"reason": str(error)})
             return 2 if isinstance(error, ConfigError) else 1
+        except Exception as defect:
+            log.critical("cannot start", extra={"reason": f"{type(defect).__name__}: {defect}"})
+            log.debug("where", exc_info=True)
+            return 1
         self._notifier.ready("serving")
         names = [target.traits.name for target in app.targets]
         log.info("ready", extra={"gateway": settings.config.gateway.id, "targets": names})
@@ -72,8 +77,16 @@ class Service:
         self._notifier.stopping("draining")
         log.info("stopping")
         await app.stop()
+        if self._broken:
+            log.critical("stopped: a part without which nothing works is broken", extra={"reason": self._broken})
+            return 1
         log.info("stopped")
         return 0
+
+    def _break(self, why: str) -> None:
+        """The core of the daemon has failed: it ends as by SIGTERM, but says so, and that it failed."""
+        self._broken = why
+        self._ask(self._stop)
 
     def _ask(self, what: asyncio.Event) -> None:
         what.set()
@@ -88,6 +101,7 @@ class Service:
 
     async def _start(self, app: App, open_door: socket.socket | None = None) -> None:
         """Raises `ConfigError` or `LinkError`, and leaves nothing running."""
+        app.supervisor.broken = self._break
         try:
             await app.start(None if open_door is None else open_door.dup())
         except Exception as error:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from agent.config import Config
 from agent.config_load import load_config
 from agent.core.clock import Clock
+from agent.core.component import Reading, shown
 from agent.core.errors import ConfigError
 from agent.registry.catalog import Catalog, load_catalog
 from agent.registry.locate import catalog_path
@@ -58,12 +59,9 @@ class Reloads:
         }
 
     def component(self) -> dict[str, Any]:
-        return {
-            "name": "settings",
-            "state": "degraded" if self.problem else "up",
-            "reason": self.problem,
-            "since_s": round(self._clock.monotonic() - self._since, 3),
-        }
+        """Outlives the supervisors of the daemons that it is about."""
+        state, reason = Reading.working(self.problem)
+        return shown("settings", state, reason, self._since, self._clock)
 
     def _now(self, problem: str, settings: Settings) -> None:
         self.problem, self.digest = problem, settings.digest()

@@ -377,6 +377,10 @@ class ProcessEngine:
                 except RuntimeUnavailable as error:
                     why = str(error)
                     continue
+                except Exception as defect:  # it is tried again, whatever it was
+                    log.exception("task failed", extra={"component": "runtime process"})
+                    why = f"{type(defect).__name__}: {defect}"
+                    continue
             if self._child is not None:
                 self._problem = ""
         self._restarting = None

@@ -221,6 +221,11 @@ class RuntimePool:
         median = math.inf if model is None else model.times.quantile(0.5)
         return median if math.isfinite(median) else None
 
+    @property
+    def in_process(self) -> bool:
+        """Whether the models run in a process of their own."""
+        return self._settings.isolation == "process"
+
     def problem(self) -> str:
         """Why nothing can be run now, for people; empty if it can."""
         return self._engine.problem()
