@@ -116,7 +116,8 @@ class Judge:
         """Whether an answer is what it says it is: that variant's own answer to this input; or an earlier one, and says
         so, with an age that it can have: a clock that jumps makes none of a year."""
         label, variant = answer.get("label"), str(answer.get("variant"))
-        if not 0 <= answer.get("age_s", 0) <= done - self._began:
+        age_s = answer.get("age_s", 0.0)
+        if not isinstance(age_s, float | int) or not 0 <= age_s <= done - self._began:
             return False
         if answer.get("stale") and not answer.get("same_input"):
             return answer.get("tier") == "fallback" and "age_s" in answer

@@ -211,9 +211,8 @@ def _finish(site: Site, ledger: Ledger, callers: list[Caller], receiver: Receive
     site.wait_for("every tier again", lambda status: all(target["available"] for target in status["targets"]))
     end = time.monotonic() + DRAIN_S
     while time.monotonic() < end:
-        with suppress(OSError, ValueError):
-            rows = site.status()["outbox"]["rows"]
-            if not any(rows.values()) and not ledger.undelivered():
+        with suppress(OSError, ValueError):  # it says nothing at this moment
+            if not any(site.status()["outbox"]["rows"].values()) and not ledger.undelivered():
                 break
         time.sleep(0.2)
     receiver.close()

@@ -33,6 +33,7 @@ BACK_LIMIT_S = 40.0
 """How long the daemon may take to have its links again after a fault of theirs."""
 STOP_LIMIT_S = 15.0
 SET_ASIDE = '"event":"a file is damaged and was set aside'
+STARTS = 3
 
 
 class Site:
@@ -123,7 +124,14 @@ class Site:
         return process
 
     def start_daemon(self) -> None:
-        self.daemon = self.stage.daemon(self._config(), environ=self._clock.environ if self._clock else {})
+        environ = self._clock.environ if self._clock else {}
+        for attempt in range(STARTS):
+            try:
+                self.daemon = self.stage.daemon(self._config(), environ=environ)
+                return
+            except StartError as error:
+                self.deaths.append(f"start {attempt + 1} failed: {error}")
+        raise StartError("the daemon cannot be started")
 
     def terminate_daemon(self) -> None:
         """SIGTERM; it must end by itself, and with 0."""

@@ -49,6 +49,7 @@ def judged(
         (STALE | {"tier": "edge_gpu"}, "unlabelled"),
         (STALE | {"label": "1", "same_input": False}, "stale, and says so"),
         (STALE | {"label": "1", "same_input": False, "age_s": 0.0}, "stale, and says so"),
+        (STALE | {"label": "1", "same_input": False, "age_s": None}, "unlabelled"),
         (STALE | {"label": "1", "same_input": False, "age_s": -1.0}, "unlabelled"),
         (STALE | {"label": "1", "same_input": False, "age_s": 365 * 86400.0}, "unlabelled"),
         (STALE | {"age_s": 365 * 86400.0}, "unlabelled"),
