@@ -20,6 +20,8 @@ FEW = settings(
     suppress_health_check=list(HealthCheck),
 )
 MANY = settings(FEW, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "300")))
+HUNDRED = settings(FEW, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "100")))
+"""Of what takes a hundredth of a second."""
 SOME = settings(FEW, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "40")))
 """Of what takes a tenth of a second."""
 BATCH = 40
@@ -44,13 +46,15 @@ FIELDS = (
     "delivery",
     "value",
 )
+CANARY = "what-a-patient-measured"
+"""A value that stands for what no log may hold."""
 SCALARS = (
     st.none()
     | st.booleans()
     | st.integers(-(2**70), 2**70)
     | st.floats()
     | st.text(max_size=40)
-    | st.sampled_from(["", "NaN", "1e999", "../..", "\x00", "digits", "realtime", "x" * 5000])
+    | st.sampled_from(["", "NaN", "1e999", "../..", "\x00", "digits", "realtime", "x" * 5000, CANARY])
 )
 VALUES = st.recursive(
     SCALARS,
@@ -61,11 +65,34 @@ SAMPLE = [[[float(row + column) % 17] for column in range(8)] for row in range(8
 """Fits `digits`."""
 
 
-def _document(changes: dict[str, Any]) -> bytes:
-    return json.dumps({"inputs": [SAMPLE], **changes}).encode()
+def _nearly(inputs: Any) -> st.SearchStrategy[bytes]:
+    changes = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4)
+    return changes.map(lambda change: json.dumps({"inputs": inputs, **change}).encode())
 
 
-NEARLY = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4).map(_document)
-CUT = st.tuples(NEARLY, st.integers(0, 200)).map(lambda cut: cut[0][: cut[1]])
+def around(inputs: Any) -> st.SearchStrategy[bytes]:
+    """Payloads around a document that fits a model which takes `inputs`."""
+    nearly = _nearly(inputs)
+    cut = st.tuples(nearly, st.integers(0, 200)).map(lambda made: made[0][: made[1]])
+    anything = VALUES.map(lambda value: json.dumps(value).encode())
+    return st.binary(max_size=300) | nearly | cut | DEEP | anything
+
+
 DEEP = st.integers(1, 5000).map(lambda depth: b"[" * depth)
-PAYLOADS = st.binary(max_size=300) | NEARLY | CUT | DEEP | VALUES.map(lambda value: json.dumps(value).encode())
+PAYLOADS = around([SAMPLE])
+"""Bytes of every kind, documents that nearly fit `digits`, parts of them, depth without end, any JSON."""
+
+
+def damaged(sound: bytes) -> st.SearchStrategy[bytes]:
+    """A sound message with some bytes changed, with more bytes behind it, or cut."""
+    change = st.tuples(st.integers(0, len(sound) - 1), st.integers(0, 255))
+    return st.tuples(st.lists(change, max_size=4), st.integers(0, len(sound)), st.binary(max_size=8)).map(
+        lambda made: _changed(sound, *made)
+    )
+
+
+def _changed(sound: bytes, changes: list[tuple[int, int]], cut: int, tail: bytes) -> bytes:
+    made = bytearray(sound)
+    for at, value in changes:
+        made[at] = value
+    return bytes(made) + tail if cut % 2 else bytes(made[: len(made) - cut // 2])
