@@ -9,21 +9,23 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-LONG = "FUZZ_EXAMPLES" in os.environ
-"""More examples, others each time; without it the same few."""
+LONG = "FUZZ_TIMES" in os.environ
+"""So many times the examples, others each time; without it the same few."""
+TIMES = int(os.environ.get("FUZZ_TIMES", "1"))
 
-FEW = settings(
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "6")),
-    deadline=None,
-    derandomize=not LONG,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-MANY = settings(FEW, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "300")))
-HUNDRED = settings(FEW, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "100")))
-"""Of what takes a hundredth of a second."""
-SOME = settings(FEW, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "40")))
-"""Of what takes a tenth of a second."""
+
+def _examples(count: int) -> settings:
+    return settings(
+        max_examples=count * TIMES,
+        deadline=None,
+        derandomize=not LONG,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+MANY, HUNDRED, SOME, FEW = _examples(300), _examples(100), _examples(40), _examples(6)
+"""Of what takes a millisecond, ten, a hundred, and of what takes a broker and a batch of payloads."""
 BATCH = 40
 """Payloads of one example that goes through a broker."""
 
