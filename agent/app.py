@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from agent.ingress.http import create_app
 from agent.ingress.http_server import HttpServer
 from agent.ingress.mqtt import MqttDoor
 from agent.ingress.streams import StreamDoor
+from agent.parts import read_parts
 from agent.pipeline import Pipeline
 from agent.registry.accuracy import Accuracies, Alarm
 from agent.registry.signing import SigningError
@@ -37,7 +38,7 @@ from agent.security.certificates import LOOK_S, Watch, certificate_files
 from agent.settings import Reloads, Settings
 from agent.store.budget_file import BudgetFile
 from agent.store.cache import ResultCache
-from agent.supervisor import Component, ComponentState, Supervisor
+from agent.supervisor import Component, ComponentState, Reading, Supervisor
 from agent.telemetry.load import LoadSampler
 from agent.telemetry.loop_watch import LoopWatch
 from agent.telemetry.metrics import Metrics
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 
 KEEP_S = 1.0
 """How often what budgets have used is written."""
+LOOK_AT_PARTS_S = 1.0
+"""How exact `since` of a component is."""
 STALL_S = 10.0
 """A supervised task that has not gone round its loop for this long keeps the watchdog from being fed."""
 
@@ -73,6 +76,7 @@ class App:
         self.metrics = heritage.metrics
         self.reloads = heritage.reloads
         self.supervisor = Supervisor(clock)
+        self.supervisor.reads(self._parts)
         self.load = LoadSampler()
         self.targets = build_targets(config, catalog, clock, lambda sample: self.streams.take(sample), trust)
         self.accuracies = Accuracies(catalog, config.drift, config.gateway.state_dir / "accuracy.json")
@@ -202,7 +206,6 @@ class App:
 
     def status(self) -> Mapping[str, Any]:
         ready, reason = self.ready()
-        targets = self.router.status()
         return {
             "gateway": self._config.gateway.id,
             "version": __version__,
@@ -210,7 +213,7 @@ class App:
             "settings": self.reloads.status(),
             "ready": ready,
             "reason": reason,
-            "targets": targets,
+            "targets": self.router.status(),
             "models": self._models(),
             "shadow": self.shadow.status(),
             "budgets": [] if self.budget is None else self.budget.left(self._clock.monotonic()),
@@ -226,7 +229,7 @@ class App:
             },
             "security": {**self.guard.status(), "audit": self.audit.status() if self.audit else None},
             "certificates": self.certificates.status(),
-            "components": [*self.supervisor.status(), *self._parts(targets)],
+            "components": [*self.supervisor.status(), self.reloads.component()],
             "load": {**self.load.latest, **self.loop_watch.status()},
         }
 
@@ -240,27 +243,17 @@ class App:
     def explain(self, request_id: str) -> Mapping[str, Any] | None:
         return self.stories.explain(request_id)
 
-    def _parts(self, targets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The doors, the store and the targets as components."""
-        seen = self.supervisor.seen
-        parts = [self.reloads.component()]
-        if self._config.http.enabled:
-            parts.append(seen("http door", "up"))
-        if self.mqtt:
-            link = self.mqtt.link.state
-            parts.append(seen("mqtt door", "up" if link.connected else "down", link.reason))
-        troubles = {"cache": self.cache.problem()}
-        if self._config.shadow.rate:
-            adrift = [alarm.variant.name for alarm in self.accuracies.states() if alarm.active]
-            troubles["drift"] = f"{', '.join(adrift)}: agree less with the cloud than they did" if adrift else ""
-        if self.audit:
-            troubles["audit"] = self.audit.problem()
-        if self.trace:
-            troubles["recorder"] = self.trace.problem
-        parts += [seen(name, "degraded" if trouble else "up", trouble) for name, trouble in troubles.items()]
-        for target in targets:
-            parts.append(seen(target["name"], "up" if target["available"] else "down", target["reason"]))
-        return parts
+    def _parts(self) -> dict[str, Reading]:
+        return read_parts(
+            self.router.standings(),
+            self.targets,
+            self.mqtt,
+            self.desk,
+            cache=self.cache,
+            audit=self.audit,
+            trace=self.trace,
+            accuracies=self.accuracies if self._config.shadow.rate else None,
+        )
 
     def recent(self) -> list[dict[str, Any]]:
         """The last answers and refusals, newest first."""
@@ -289,6 +282,7 @@ class App:
         self._warm_up()
         self.supervisor.spawn("load", self._sample_load, stall_s=STALL_S + self._config.monitoring.sample_interval_s)
         self.supervisor.spawn("loop", self._heartbeat, stall_s=STALL_S)
+        self.supervisor.spawn("parts", self._look_at_parts, stall_s=STALL_S)
         self.supervisor.spawn("certificates", self._watch_certificates, stall_s=LOOK_S + STALL_S)
         if self._config.shadow.rate:
             self.supervisor.spawn("shadow", self._ask_shadows)
@@ -306,6 +300,7 @@ class App:
         if self._config.http.enabled:
             port = await self.http.start(open_door)
             log.info("http door open", extra={"host": self._config.http.host, "port": port})
+            self.supervisor.spawn("http door", self._keep_http, core=True)
         if self.mqtt:
             await self.mqtt.start()
             self.supervisor.watch("mqtt", lambda: self.mqtt is not None and self.mqtt.alive)
@@ -364,6 +359,15 @@ class App:
             self.load.sample()
             component.set(ComponentState.UP)
             await asyncio.sleep(self._config.monitoring.sample_interval_s)
+
+    async def _look_at_parts(self, component: Component) -> None:
+        while True:
+            self.supervisor.look()
+            component.set(ComponentState.UP)
+            await asyncio.sleep(LOOK_AT_PARTS_S)
+
+    async def _keep_http(self, component: Component) -> None:
+        await self.http.keep(lambda: component.set(ComponentState.UP))
 
     async def _watch_certificates(self, component: Component) -> None:
         """Those in files and those of brokers; a renewed one of the HTTP door is taken."""

@@ -21,11 +21,14 @@ from agent.telemetry import events
 
 log = logging.getLogger(__name__)
 
+RELOAD_LIMIT_S = 600.0
+"""How long a reload may take before systemd's watchdog ends it: loading may build an engine for an accelerator."""
+
 
 def run(path: Path | None) -> int:
     """Load the configuration, run until SIGTERM or SIGINT. Returns the exit code."""
     os.umask(0o077)  # state, traces and trail hold what callers asked: nobody else's to read
-    settings = load_settings(path)
+    settings = load_settings(path, any_file=True)  # A model file that decayed is no reason to answer nothing at all.
     _log_as(settings)
     try:
         return _loop_runner()(Service(path).serve(settings))
@@ -44,6 +47,7 @@ class Service:
         self._stop = asyncio.Event()
         self._reload = asyncio.Event()
         self._asked = asyncio.Event()
+        self._broken = ""
 
     async def serve(self, settings: Settings) -> int:
         """Until SIGTERM or SIGINT. Returns the exit code."""
@@ -59,6 +63,10 @@ class Service:
         except (ConfigError, LinkError) as error:
             log.error("cannot start", extra={"reason": str(error)})
             return 2 if isinstance(error, ConfigError) else 1
+        except Exception as defect:
+            log.critical("cannot start", extra={"reason": f"{type(defect).__name__}: {defect}"})
+            log.debug("where", exc_info=True)
+            return 1
         self._notifier.ready("serving")
         names = [target.traits.name for target in app.targets]
         log.info("ready", extra={"gateway": settings.config.gateway.id, "targets": names})
@@ -69,8 +77,16 @@ class Service:
         self._notifier.stopping("draining")
         log.info("stopping")
         await app.stop()
+        if self._broken:
+            log.critical("stopped: a part without which nothing works is broken", extra={"reason": self._broken})
+            return 1
         log.info("stopped")
         return 0
+
+    def _break(self, why: str) -> None:
+        """The core of the daemon has failed: it ends as by SIGTERM, but says so, and that it failed."""
+        self._broken = why
+        self._ask(self._stop)
 
     def _ask(self, what: asyncio.Event) -> None:
         what.set()
@@ -85,29 +101,42 @@ class Service:
 
     async def _start(self, app: App, open_door: socket.socket | None = None) -> None:
         """Raises `ConfigError` or `LinkError`, and leaves nothing running."""
+        app.supervisor.broken = self._break
         try:
             await app.start(None if open_door is None else open_door.dup())
-        except (ConfigError, LinkError):
+        except Exception as error:
             await app.supervisor.stop()  # before its tasks have begun, and say so
             await app.stop()
-            raise
+            if isinstance(error, ConfigError | LinkError):
+                raise
+            log.exception("a part could not be started")
+            raise LinkError(f"{type(error).__name__}: {error}") from None
         if self._notifier.watchdog_s:
             app.supervisor.spawn("watchdog", lambda component: _feed(self._notifier, app, component))
 
     async def _renew(self, app: App, old: Settings) -> tuple[App | None, Settings]:
         """The daemon with the settings that are on the disk now, or the former one as if nothing had been."""
         self._notifier.reloading()
+        feeding = asyncio.create_task(self._feed_meanwhile())
+        try:
+            return await self._replace(app, old)
+        finally:
+            feeding.cancel()
+
+    async def _feed_meanwhile(self) -> None:
+        """While one daemon takes the other's place nobody else feeds systemd's watchdog."""
+        if self._notifier.watchdog_s:
+            for _ in range(int(RELOAD_LIMIT_S / (self._notifier.watchdog_s / 3)) + 1):
+                self._notifier.watchdog()
+                await asyncio.sleep(self._notifier.watchdog_s / 3)
+
+    async def _replace(self, app: App, old: Settings) -> tuple[App | None, Settings]:
         try:
             new = await asyncio.to_thread(load_settings, self._path)
         except ConfigError as error:
             self._refuse(app, list(error.problems))
             return app, old
         changed = changes(old, new)
-        if not changed:
-            app.reloads.took(new)
-            log.info("reloaded", extra={"changed": "nothing"})
-            self._notifier.ready("serving")
-            return app, old
         try:
             successor = App(new, self._clock, app.heritage)
         except ConfigError as error:

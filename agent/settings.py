@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from agent.config import Config
 from agent.config_load import load_config
 from agent.core.clock import Clock
+from agent.core.component import Reading, shown
 from agent.core.errors import ConfigError
 from agent.registry.catalog import Catalog, load_catalog
 from agent.registry.locate import catalog_path
@@ -58,12 +59,9 @@ class Reloads:
         }
 
     def component(self) -> dict[str, Any]:
-        return {
-            "name": "settings",
-            "state": "degraded" if self.problem else "up",
-            "reason": self.problem,
-            "since_s": round(self._clock.monotonic() - self._since, 3),
-        }
+        """Outlives the supervisors of the daemons that it is about."""
+        state, reason = Reading.working(self.problem)
+        return shown("settings", state, reason, self._since, self._clock)
 
     def _now(self, problem: str, settings: Settings) -> None:
         self.problem, self.digest = problem, settings.digest()
@@ -83,10 +81,11 @@ class Settings(NamedTuple):
         return hashlib.sha256((self.config.model_dump_json() + catalog).encode()).hexdigest()
 
 
-def load_settings(path: Path | None) -> Settings:
-    """Read and check everything that can be checked without starting. Raises `ConfigError` with each fault."""
+def load_settings(path: Path | None, *, any_file: bool = False) -> Settings:
+    """Read and check everything that can be checked without starting. `any_file`: one whole model file is enough, as
+    targets refuse the others. Raises `ConfigError` with each fault."""
     config = load_config(path)
-    catalog = load_catalog(catalog_path(config.models.catalog))
+    catalog = load_catalog(catalog_path(config.models.catalog), any_file=any_file)
     named = {f"sensors.{topic}": sensor.model for topic, sensor in config.sensors.items()}
     named |= {f"edge_mcu.streams.{index}": stream.model for index, stream in enumerate(config.edge_mcu.streams)}
     unknown = [
@@ -96,7 +95,7 @@ def load_settings(path: Path | None) -> Settings:
     ]
     if unknown:
         raise ConfigError(unknown)
-    trust = trust_of(config.models.catalog, config.models.trusted_keys, config.gateway.state_dir)
+    trust = trust_of(config.models.catalog, config.models.trusted_keys, config.gateway.state_dir, catalog.sha256)
     if config.models.require_signed:
         require(trust, config.models.catalog)
     return Settings(config, catalog, trust)
@@ -106,6 +105,8 @@ def changes(before: Settings, after: Settings) -> list[str]:
     """Dotted keys that differ, without their values, which may be secret."""
     found = list(_differ(before.config.model_dump(), after.config.model_dump(), ""))
     old, new = before.catalog.families, after.catalog.families
+    if before.trust != after.trust:
+        found.append("models: who vouches for the catalogue")
     found += [f"catalogue: {name}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     if len(found) > MAX_CHANGES:
         return [*found[:MAX_CHANGES], f"and {len(found) - MAX_CHANGES} more"]

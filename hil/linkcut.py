@@ -77,5 +77,6 @@ class LinkCut:
                 self.bytes += len(data)
                 sink.write(data)
                 await sink.drain()
+            await self._open.wait()  # a FIN does not get through either
         self._ends.discard(sink)
         sink.close()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from agent.core.clock import Clock, ManualClock
+from agent.core.component import Reading
 from agent.core.types import Attempt, InferenceRequest, LatencyClass, TargetAnswer, Tier
 from agent.registry.catalog import Catalog, Family, TargetKind, Variant
 from agent.routing.router import NoAnswer, Router
@@ -137,6 +138,9 @@ class FakeTarget:
         self.asked: list[tuple[InferenceRequest, Variant, float]] = []
         self.running = 0
         self.begun = asyncio.Event()
+
+    def parts(self) -> Mapping[str, Reading]:
+        return {}
 
     def alive(self) -> bool:
         return True

@@ -21,7 +21,7 @@ from agent.registry.catalog import Catalog
 from agent.security.audit import Audit
 from agent.store.outbox import Outbox, Receipt
 from agent.store.outbox_file import Step
-from agent.supervisor import Component, ComponentState, Supervisor
+from agent.supervisor import Component, ComponentState, Reading, Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +175,10 @@ class Desk:
             supervisor.spawn(f"outbox {route}", self._run(sender.work), stall_s=STALL_S)
             supervisor.watch(f"link {sender.link.name}", lambda sender=sender: sender.link.alive)  # type: ignore[misc]
             await sender.link.start()
+
+    def parts(self) -> dict[str, Reading]:
+        """The links that what is stored goes out by."""
+        return {f"link {sender.link.name}": sender.link.reading() for sender in self.senders.values()}
 
     async def close_door(self) -> None:
         """Take no more, and begin with no more requests."""

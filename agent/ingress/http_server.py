@@ -8,7 +8,7 @@ import math
 import os
 import socket
 import ssl
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import uvicorn
@@ -25,6 +25,9 @@ HANDSHAKE_S = 5.0
 KEEP_ALIVE_S = 30
 """Longer than the seconds between two polls of a dashboard, so that they share a connection."""
 
+FIRST_WORDS_S = 0.05
+"""Between letting nobody in any more and closing idle connections: whoever was let in last gets to ask."""
+
 
 class HttpServer:
     """Serves one ASGI application. `port` is the real one once `start` has returned.
@@ -39,30 +42,30 @@ class HttpServer:
         self._tls = settings.tls
         self._certificate = None if settings.tls is None else _version(settings.tls)
         self._context = None if settings.tls is None else server_context(settings.tls)
-        self._server = _Embedded(
-            uvicorn.Config(
-                app,
-                http=bounded_protocol(settings.max_connections_per_address, refused),
-                ws="none",
-                lifespan="off",
-                interface="asgi3",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                limit_concurrency=MAX_CONNECTIONS,
-                backlog=BACKLOG,
-                timeout_keep_alive=KEEP_ALIVE_S,
-            ),
-            self._context,
+        self._settings = uvicorn.Config(
+            app,
+            http=bounded_protocol(settings.max_connections_per_address, refused),
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=MAX_CONNECTIONS,
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_S,
         )
+        self._server = _Embedded(self._settings, self._context)
         self._task: asyncio.Task[None] | None = None
         self._listener: socket.socket | None = None
+        self._closing = False
 
     async def start(self, listener: socket.socket | None = None) -> int:
         """Begin to serve at `listener`, or bind first; return the port. Raises `LinkError`."""
         self._listener = listener = listener or self._bind()
         self.port = listener.getsockname()[1]
+        self._server = _Embedded(self._settings, self._context)
         # The server closes what it is given; who connects while this one stops and the next one starts waits meanwhile.
         self._task = asyncio.create_task(self._server.serve(sockets=[listener.dup()]), name="http-server")
         up = asyncio.create_task(self._server.up.wait())
@@ -70,14 +73,38 @@ class HttpServer:
         if not up.done():
             up.cancel()
             listener.close()
+            self._listener = None
             await self._task
             raise LinkError(f"http: did not start on {self._host}:{self.port}")
         return self.port
 
+    async def keep(self, serving: Callable[[], None]) -> None:
+        """Until cancelled; calls `serving` once the server runs. One that had ended is begun again where it was: who
+        knocks meanwhile waits. Raises what it ends with although nobody stopped it, or `LinkError`."""
+        if not self._closing and (self._task is None or self._task.done()):
+            await self.start(self._listener)
+        serving()
+        if self._task is not None:
+            task = self._task
+            await asyncio.wait((task,))
+            if not self._closing:
+                for server in self._server.servers:
+                    server.close()
+                error = None if task.cancelled() else task.exception()
+                raise error or LinkError(f"http: the server on {self._host}:{self.port} has ended")
+        await asyncio.Event().wait()
+
     async def stop(self, limit_s: float) -> None:
         """Accept nothing new, let requests finish for `limit_s`, then cancel them."""
+        self._closing = True
+        if self._listener is not None:  # at once: the system accepts whoever comes as long as one of us listens
+            self._listener.close()
+            self._listener = None
         if self._task is None:
             return
+        for server in self._server.servers:
+            server.close()
+        await asyncio.sleep(FIRST_WORDS_S)
         self._server.config.timeout_graceful_shutdown = math.ceil(limit_s)
         self._server.should_exit = True
         await asyncio.wait((self._task,), timeout=math.ceil(limit_s) + 1)
@@ -88,9 +115,6 @@ class HttpServer:
         if cancelled:
             await asyncio.wait(cancelled, timeout=1)
         self._task = None
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
 
     def hand_over(self) -> socket.socket | None:
         """Take the listening socket away, before `stop`: it stays open, for the next server."""

@@ -374,7 +374,7 @@ class MqttDoor:
             for target in status.get("targets", ())
         ]
         components = [
-            {key: one.get(key) for key in ("name", "state", "reason")} for one in status.get("components", ())
+            {key: one.get(key) for key in ("name", "state", "reason", "since")} for one in status.get("components", ())
         ]
         shown = (ready, reason, targets, [(one["name"], one["state"]) for one in components])
         if only_if_changed and shown == self._shown:

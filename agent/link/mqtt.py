@@ -19,6 +19,7 @@ from typing import Any
 from paho.mqtt.client import topic_matches_sub
 
 from agent.core.clock import Clock, SystemClock
+from agent.core.component import Reading
 from agent.core.errors import LinkError
 from agent.link.backoff import Backoff
 from agent.link.mqtt_client import LinkFull, LinkOptions, Message, MessageTooLarge, Will, link_options
@@ -144,6 +145,12 @@ class MqttLink:
         """True only after a good CONNACK and an answer to every subscription."""
         return self._state.connected
 
+    def reading(self) -> Reading:
+        """As a component: degraded where the broker refused a subscription."""
+        refused = self.refused_filters
+        trouble = f"the broker refused: {', '.join(refused)}" if refused else ""
+        return Reading.there(self.connected, trouble if self.connected else self._state.reason)
+
     @property
     def peer_certificate(self) -> Mapping[str, Any] | None:
         """The broker's, as `ssl.SSLSocket.getpeercert` gives it; None without TLS or a connection."""
@@ -209,7 +216,11 @@ class MqttLink:
         backoff = Backoff(self.options.backoff_initial_s, self.options.backoff_max_s, random.random)
         rival = Rival()
         while True:
-            error = await self._one_connection(backoff, rival)
+            try:
+                error = await self._one_connection(backoff, rival)
+            except Exception as defect:  # of whoever is told that the connection has ended, for example
+                log.exception("a link failed in an unforeseen way", extra={"link": self.name})
+                error = LinkError(f"{type(defect).__name__}: {defect}")
             if self._task is None:  # stopping: not a loss
                 return
             now = self._clock.monotonic()

@@ -130,16 +130,20 @@ class PahoClient(paho.Client):
         self._deliver = deliver
         self._acknowledge = acknowledge
         self._manual = manual
+        self.heard = clock.monotonic()
+        """When the last bytes came from the broker."""
         self.tls_alert: ssl.SSLError | None = None
         """What the broker's TLS said before it closed: with TLS 1.3 it refuses a client's certificate only after the
         client has finished its own part of the handshake."""
 
     def _sock_recv(self, bufsize: int) -> bytes:
         try:
-            return super()._sock_recv(bufsize)
+            data = super()._sock_recv(bufsize)
         except ssl.SSLError as error:
             self.tls_alert = error
             raise
+        self.heard = self._clock.monotonic()
+        return data
 
     def _sock_send(self, buf: bytes | bytearray) -> int:
         try:

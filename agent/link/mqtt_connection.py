@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 HEADER_ROOM = 16
 """Bytes of a PUBLISH packet besides topic, properties and payload, rounded up."""
 _QUICKACK: int = getattr(socket, "TCP_QUICKACK", 0)
+SILENT_INTERVALS = 1.5
+"""Keep-alive intervals without a word from the broker: as many as MQTT has a broker wait for a client (3.1.2.10)."""
+SECOND_LOOK_S = 0.05
 READS_IN_A_ROW = 64
 """Packets handled before other work of the loop has its turn."""
 
@@ -230,8 +233,23 @@ class MqttConnection:
         """Keep-alive. A quarter of it, so that a PINGREQ is never late by half an interval."""
         if self._fd < 0:
             return
+        if self._is_silent():  # or this process was: then what came meanwhile is read before the second look
+            self._timer = self._loop.call_later(SECOND_LOOK_S, self._look_again)
+            return
         self._timer = self._loop.call_later(min(1.0, self.options.keepalive_s / 4), self._tick)
         self._client.loop_misc()
+
+    def _is_silent(self) -> bool:
+        """Whether not even the answer to a PINGREQ came, which is sent after one interval without traffic."""
+        silent_s = self.clock.monotonic() - self._client.heard
+        return self._accepted.done() and silent_s > SILENT_INTERVALS * self.options.keepalive_s
+
+    def _look_again(self) -> None:
+        if self._is_silent():
+            silent_s = self.clock.monotonic() - self._client.heard
+            self._fail(LinkError(f"nothing came from the broker for {silent_s:.1f} s, not even an answer to a PINGREQ"))
+        else:
+            self._tick()
 
     def _on_disconnect(self, _client: object, _data: object, flags: Any, reason: Any, _properties: object) -> None:
         code = int(reason.value)

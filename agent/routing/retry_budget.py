@@ -22,7 +22,7 @@ class RetryBudget:
         self._slots: deque[list[float]] = deque()
         """Start, requests, retries of each second of the window."""
         self._requests = self._retries = 0.0
-        self.granted = self.refused = 0
+        self.granted = self.refused = self.taken_over = 0
 
     def requested(self, now: float) -> None:
         """A request is being answered."""
@@ -40,11 +40,15 @@ class RetryBudget:
         self.granted += 1
         return True
 
+    def took_over(self) -> None:
+        """A further attempt that needs no grant, because whoever failed is not asked any more."""
+        self.taken_over += 1
+
     def status(self, now: float) -> dict[str, float]:
         """For `/status`: of the window, and since the start."""
         self._slot(now)
         left = max(0.0, self._limit() - self._retries)
-        return {"left": round(left, 3), "granted": self.granted, "refused": self.refused}
+        return {"left": round(left, 3), "granted": self.granted, "refused": self.refused, "taken_over": self.taken_over}
 
     def _limit(self) -> float:
         return self._settings.ratio * self._requests + self._settings.min_per_s * self._settings.window_s

@@ -223,6 +223,11 @@ class Router:
             elif request.latency_class is not LatencyClass.REALTIME:
                 record.passed_over += 1
 
+    def standings(self) -> dict[str, tuple[bool, str]]:
+        """Of every target whether it is asked now, and if not, why."""
+        now = self._clock.monotonic()
+        return {name: _asked(state, now) for name, state in self._states.items()}
+
     def status(self) -> list[dict[str, Any]]:
         """Every target for `/status`, in the order of the chain."""
         now = self._clock.monotonic()
@@ -237,7 +242,8 @@ def _habit(request: InferenceRequest, among: Among | None) -> Habit:
 
 def target_status(state: TargetState, now: float) -> dict[str, Any]:
     """One target for `/status`."""
-    availability, traits, breaker = state.target.availability(), state.traits, state.breaker
+    traits, breaker = state.traits, state.breaker
+    available, reason = _asked(state, now)
     service, ages_s = {}, {}
     for name, record in state.records.items():
         estimate = record.estimate(now, 0, traits.parallel)
@@ -249,8 +255,8 @@ def target_status(state: TargetState, now: float) -> dict[str, Any]:
         "name": traits.name,
         "tier": traits.tier.value,
         "order": traits.order,
-        "available": availability.available and breaker.allows(now),
-        "reason": availability.reason or ("" if breaker.allows(now) else breaker_reason(breaker, now)),
+        "available": available,
+        "reason": reason,
         "in_flight": state.in_flight,
         "max_concurrent": traits.max_concurrent,
         "limit": state.limit.limit(now, LatencyClass.REALTIME),
@@ -268,6 +274,12 @@ def target_status(state: TargetState, now: float) -> dict[str, Any]:
         "failures": state.failures,
         "detail": dict(state.target.status()),
     }
+
+
+def _asked(state: TargetState, now: float) -> tuple[bool, str]:
+    availability, passes = state.target.availability(), state.breaker.allows(now)
+    reason = availability.reason or ("" if passes else breaker_reason(state.breaker, now))
+    return availability.available and passes, reason
 
 
 class _Facts(NamedTuple):

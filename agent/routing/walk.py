@@ -85,6 +85,7 @@ class Walk:
         self._end = asking.deadline - MARGIN_S
         self._attempts: list[Attempt] = []
         self._reasons: list[str] = []
+        self._failed: list[TargetState] = []
         self._cost_usd = 0.0
         self._late = False
 
@@ -105,7 +106,7 @@ class Walk:
                     self._reasons.append(f"{play.target}: skipped: {found[1]}")
                     self._late = self._late or found[0] is Constraint.DEADLINE
                     continue
-                if self._attempts and not self._may_retry(side):
+                if self._attempts and not self._may_follow(side):
                     self._reasons.append(f"{play.target}: skipped: the retry budget of the cloud lanes is used up")
                     continue
                 self._reasons.append(f"{play.target}: next in the chain")
@@ -168,6 +169,7 @@ class Walk:
         if attempt.outcome == CANCELLED:
             self._reasons.append(f"{attempt.target}: cancelled {took}: the other answered first")
         elif attempt.outcome != "ok":
+            self._failed.append(side.state)
             self._reasons.append(f"{attempt.target}: {attempt.outcome} {took}: {attempt.error}")
 
     def _no_answer(self) -> NoAnswer:
@@ -238,12 +240,22 @@ class Walk:
             return Constraint.DEADLINE, f"would take {needed_ms:.1f} ms, {left_ms:.1f} ms are left for it"
         return None
 
-    def _may_retry(self, side: Side) -> bool:
-        """Only lanes share what they run on with others, whom a second attempt takes it from."""
+    def _may_follow(self, side: Side) -> bool:
+        """Whether it may be asked after a failure. Where whoever failed is asked by nobody any more, it takes over a
+        load, and nobody's is doubled: that is free, or a lane that dies with a hundred requests would cost most of them
+        the answer that the next one has."""
+        now = self._asking.clock.monotonic()
+        if side.state.traits.tier.is_cloud and self._failed and all(is_out(state, now) for state in self._failed):
+            self._retries.took_over()
+            return True
+        return self._may_add(side)
+
+    def _may_add(self, side: Side) -> bool:
+        """Only lanes share what they run on with others, whom a further attempt takes it from."""
         return not side.state.traits.tier.is_cloud or self._retries.take(self._asking.clock.monotonic())
 
     def _still(self, second: Side) -> bool:
-        return self._objection(second) is None and self._may_retry(second)
+        return self._objection(second) is None and self._may_add(second)
 
     def _hedge(self, side: Side, following: Sequence[Play]) -> tuple[Side, float] | None:
         """Whom to ask as well, and after how many seconds, where there is no time to ask one after the other: when the
@@ -262,6 +274,11 @@ class Walk:
             if standing(state, self._latency_class, now) is None and after_s + estimate.p50_s <= room_s:
                 return Side(state, variant, self._bounded(state, self._end, now + after_s)), after_s
         return None
+
+
+def is_out(state: TargetState, now: float) -> bool:
+    """Whether nobody asks the target now: it is away, or its breaker lets nothing pass."""
+    return not state.target.availability().available or not state.breaker.allows(now)
 
 
 def standing(state: TargetState, latency_class: LatencyClass, now: float) -> tuple[Constraint, str] | None:

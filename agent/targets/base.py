@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any, Protocol
 
+from agent.core.component import Reading
 from agent.core.types import InferenceRequest, TargetAnswer, Tier
 from agent.registry.catalog import Family, Variant
 
@@ -63,6 +64,10 @@ class Target(Protocol):
     def alive(self) -> bool:
         """Whether the target's own background work still runs; False is a defect, and keeps the watchdog from being
         fed. A target that has none says True."""
+        ...
+
+    def parts(self) -> Mapping[str, Reading]:
+        """What else of it has a state of its own: links, boards, streams, processes; by names that do not change."""
         ...
 
     def variant_for(self, family: Family, pinned: str | None) -> Variant | None:

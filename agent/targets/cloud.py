@@ -20,6 +20,7 @@ import numpy as np
 
 from agent.config import LaneSection
 from agent.core.clock import Clock
+from agent.core.component import Reading
 from agent.core.errors import (
     LinkError,
     ProtocolError,
@@ -135,6 +136,9 @@ class CloudLane:
 
     def alive(self) -> bool:
         return self.link.alive
+
+    def parts(self) -> Mapping[str, Reading]:
+        return {f"link {self._traits.name}": self.link.reading()}
 
     def availability(self) -> Availability:
         if not self.link.connected:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from agent.config import GpuSection
 from agent.core.clock import Clock
+from agent.core.component import Reading
 from agent.core.errors import TargetFailed, TargetUnavailable
 from agent.core.types import InferenceRequest, TargetAnswer, Tensor, Tensors, Tier
+from agent.link.backoff import Backoff
 from agent.registry.catalog import Catalog, Family, Variant
-from agent.registry.tensors import from_variant, to_variant
+from agent.registry.tensors import from_variant, misfit, to_variant
 from agent.runtimes.base import Confinement, LoadedModel, ModelFile, RuntimeUnavailable
 from agent.runtimes.pool import RuntimePool
 from agent.targets.base import AVAILABLE, Availability, TargetTraits
 
 log = logging.getLogger(__name__)
 
+RELOAD_INITIAL_S, RELOAD_MAX_S = 1.0, 60.0
+"""Between two tries to load, where the first failed as a whole."""
 LOADING = Availability(False, "loading its models")
 
 
@@ -95,6 +100,7 @@ class GatewayTarget:
         self._best: dict[str, Variant] = {}
         self._runnable: dict[str, tuple[Variant, ...]] = {}
         self._refused: dict[str, str] = {}
+        self._too_large: set[str] = set()
         self._loading: asyncio.Task[None] | None = None
         self._loaded = False
         self._not_loaded = LOADING
@@ -105,6 +111,14 @@ class GatewayTarget:
 
     def alive(self) -> bool:
         return True
+
+    def parts(self) -> Mapping[str, Reading]:
+        broken = [f"{name}: {why}" for name, why in self._refused.items() if name not in self._too_large]
+        found = {"models": Reading.working("; ".join(broken) if self._loaded else self._not_loaded.reason)}
+        if self._pool.in_process:
+            problem = self._pool.problem()
+            found["runtime process"] = Reading.there(not problem, problem)
+        return found
 
     def availability(self) -> Availability:
         if not self._loaded:
@@ -152,10 +166,10 @@ class GatewayTarget:
 
     async def start(self) -> None:
         """Begin to load. With `strict_provider`, raises `RuntimeUnavailable` if another provider would run."""
-        self._loading = asyncio.create_task(self._load(), name="edge_gpu-load")
-        self._loading.add_done_callback(self._loading_ended)
         if self._settings.strict_provider:
-            await self._loading
+            await self._load()
+        else:
+            self._loading = asyncio.create_task(self._load_at_last(), name="edge_gpu-load")
 
     async def stop(self) -> None:
         if self._loading is not None:
@@ -170,11 +184,16 @@ class GatewayTarget:
             "pool": self._pool.status(),
         }
 
-    def _loading_ended(self, loading: asyncio.Task[None]) -> None:
-        """Whatever kept the models from being loaded is why the tier cannot be asked, not a task nobody looks at."""
-        if not loading.cancelled() and (error := loading.exception()) is not None:
-            self._not_loaded = Availability(False, f"loading failed: {error}")
-            log.error("models were not loaded", exc_info=error)
+    async def _load_at_last(self) -> None:
+        """Until it succeeds. Whatever keeps the models from being loaded is why the tier cannot be asked."""
+        backoff = Backoff(RELOAD_INITIAL_S, RELOAD_MAX_S, random.random)
+        while True:
+            try:
+                return await self._load()
+            except Exception as error:  # a driver's or a library's: it may be there later
+                self._not_loaded = Availability(False, f"loading failed: {error}")
+                log.exception("models were not loaded")
+            await asyncio.sleep(backoff.failed(self._clock.monotonic()))
 
     async def _load(self) -> None:
         wanted = [
@@ -184,14 +203,23 @@ class GatewayTarget:
             if "edge_gpu" in variant.targets
         ]
         fitting = [(family, variant) for family, variant in wanted if variant.bytes <= self._traits.max_bytes]
+        files: dict[str, ModelFile] = {}
+        unsafe: dict[str, ValueError] = {}
         for _, variant in wanted:
             if variant.bytes > self._traits.max_bytes:
+                self._too_large.add(variant.name)
                 self._refused[variant.name] = f"{variant.bytes} bytes, over the limit of {self._traits.max_bytes:.0f}"
-        outcomes = await self._pool.load_all(
-            ModelFile(self._catalog.path(variant), variant.format, variant.sha256) for _, variant in fitting
-        )
+        for _, variant in fitting:
+            try:
+                path = self._catalog.file(variant)
+                files[variant.name] = ModelFile(path, variant.format, variant.sha256, variant.bytes)
+            except ValueError as error:
+                unsafe[variant.name] = error
+        outcomes = await self._pool.load_all(files.values())
         for family, variant in fitting:
-            outcome = outcomes[variant.sha256]
+            outcome = unsafe.get(variant.name) or outcomes[variant.sha256]
+            if isinstance(outcome, LoadedModel) and (fault := misfit(variant, outcome.inputs, outcome.outputs)):
+                outcome = ValueError(fault)
             if isinstance(outcome, LoadedModel):
                 self._plans[variant.name] = _Plan(family, variant)
                 self._runnable[family.name] = (*self._runnable.get(family.name, ()), variant)

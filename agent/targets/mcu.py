@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from agent.config import McuSection
 from agent.core.clock import Clock
+from agent.core.component import Reading
 from agent.core.errors import (
     LinkError,
     ProtocolError,
@@ -73,7 +74,9 @@ class McuTarget:
         self._clock = clock
         self._max_concurrent = section.max_concurrent
         self._turn = 0
-        streams = [StreamKeeper(stream, catalog.family(stream.model), clock, deliver) for stream in section.streams]
+        self._streams = [
+            StreamKeeper(stream, catalog.family(stream.model), clock, deliver) for stream in section.streams
+        ]
         self._boards = tuple(
             Board(
                 port,
@@ -85,7 +88,7 @@ class McuTarget:
                 health_check_interval=section.health_check_interval,
                 signed_only=section.require_signed_updates,
                 random=random,
-                streams=streams,
+                streams=self._streams,
             )
             for port in section.ports
         )
@@ -101,6 +104,12 @@ class McuTarget:
         if any(board.variant is not None for board in self._boards):
             return AVAILABLE
         return Availability(False, "; ".join(board.reason for board in self._boards) or "no ports are configured")
+
+    def parts(self) -> Mapping[str, Reading]:
+        boards = {
+            f"board {board.port}": Reading.there(board.variant is not None, board.reason) for board in self._boards
+        }
+        return boards | {f"stream {keeper.section.name}": keeper.reading() for keeper in self._streams}
 
     def variant_for(self, family: Family, pinned: str | None) -> Variant | None:
         best: Variant | None = None

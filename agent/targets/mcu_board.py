@@ -205,6 +205,9 @@ class Board:
                 error = lost
             except ProtocolError as senseless:
                 error = LinkError(f"{self.port}: {senseless}")
+            except Exception as defect:  # the port is opened again, whatever it was
+                log.exception("task failed", extra={"component": f"board {self.port}"})
+                error = LinkError(f"{self.port}: {type(defect).__name__}: {defect}")
             if self._clock.monotonic() - began >= STABLE_S:
                 self._backoff.succeeded()
             wait_s = self._backoff.failed(self._clock.monotonic(), permanent=error.permanent)

@@ -12,6 +12,7 @@ import numpy as np
 
 from agent.config import StreamSection
 from agent.core.clock import Clock
+from agent.core.component import Reading
 from agent.core.errors import EdgeAgentError
 from agent.core.streamed import Streamed
 from agent.link.stream import BoardStream, Sampled, StreamCounters, StreamSpec
@@ -89,6 +90,10 @@ class StreamKeeper:
         finally:
             self._note("waiting", str(session.error or "the line was closed"))
 
+    def reading(self) -> Reading:
+        """As a component."""
+        return Reading.there(self._state == "streaming", self._reason)
+
     def status(self) -> dict[str, Any]:
         """Plain JSON types."""
         counters = self._counters()
@@ -120,6 +125,9 @@ class StreamKeeper:
                 self._pass_on(await stream.next(), variant, provider())
         except (EdgeAgentError, TimeoutError) as error:
             return str(error)
+        except Exception as defect:  # the stream is begun again, whatever it was
+            log.exception("task failed", extra={"component": f"stream {self.section.name}"})
+            return f"{type(defect).__name__}: {defect}"
         finally:
             self._past, self._stream = self._counters(), None
 

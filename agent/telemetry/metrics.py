@@ -350,6 +350,12 @@ def _state_families(status: Mapping[str, Any]) -> Iterator[Metric]:
         ],
     )
     yield _gauge(
+        "component_since_seconds",
+        "Unix time since which the component is in its state.",
+        ("component",),
+        [((str(one.get("name")),), n) for one in components for n in _number(one.get("since"))],
+    )
+    yield _gauge(
         "component_up",
         "1: the component's state is up.",
         ("component",),

@@ -15,6 +15,7 @@ import numpy as np
 
 from agent.config import RoutingSection
 from agent.core.clock import ManualClock
+from agent.core.component import Reading
 from agent.core.types import Complexity, InferenceRequest, LatencyClass, TargetAnswer, Tier
 from agent.registry.catalog import Catalog, Family, Variant, load_catalog
 from agent.registry.locate import catalog_path
@@ -114,6 +115,9 @@ class _Idle:
 
     def availability(self) -> Availability:
         return AVAILABLE
+
+    def parts(self) -> Mapping[str, Reading]:
+        return {}
 
     def alive(self) -> bool:
         return True

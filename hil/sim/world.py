@@ -25,6 +25,7 @@ import numpy as np
 from agent.build import build_targets
 from agent.config import Config
 from agent.core.clock import Clock
+from agent.core.component import Reading
 from agent.core.errors import TargetTimeout, TargetUnavailable
 from agent.core.types import InferenceRequest, LatencyClass, TargetAnswer, Tier
 from agent.registry.catalog import Catalog, Family, TargetKind, Variant
@@ -121,6 +122,9 @@ class SimTarget:
     @property
     def traits(self) -> TargetTraits:
         return self._traits
+
+    def parts(self) -> Mapping[str, Reading]:
+        return {}
 
     def alive(self) -> bool:
         return True

@@ -188,7 +188,8 @@ async def test_half_open_connection_is_found_by_keep_alive(broker: Broker, links
         await until(lambda: link.connected, what="connected")
         cable.cut()
         await until(lambda: not link.connected, 20.0, "the silence noticed")
-        assert link.state.reason and not link.state.permanent
+        assert "not even an answer to a PINGREQ" in link.state.reason and not link.state.permanent
+        assert link.reading() == ("down", link.state.reason)
         cable.mend()
         await until(lambda: link.connected, 20.0, "connected again")
     finally:

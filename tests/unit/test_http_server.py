@@ -182,7 +182,7 @@ async def test_a_client_that_goes_away_while_it_waits(wire: Stream, server: Http
     await still_serves(server)
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def until(condition: Callable[[], object]) -> None:
     """For what nobody announces: goes once round the event loop between two looks."""
     while not condition():  # noqa: ASYNC110
         await asyncio.sleep(0)
@@ -237,6 +237,31 @@ async def test_stopping_has_a_limit(app: FastAPI, core: FakeCore) -> None:
         await server.stop(0)
     assert cancelled.is_set()
     writer.close()
+
+
+async def test_a_server_that_ended_is_begun_again_where_it_was(app: FastAPI) -> None:
+    """By whoever supervises it; who knocks meanwhile waits, and is served."""
+    server = HttpServer(app, HttpSection(port=0))
+    port = await server.start()
+    serving: list[int] = []
+    async with asyncio.timeout(DEADLINE_S):
+        keeping = asyncio.create_task(server.keep(lambda: serving.append(server.port)))
+        await until(lambda: serving)
+        assert server._task is not None
+        server._task.cancel()
+        with pytest.raises(LinkError, match="has ended"):
+            await keeping
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(post())
+        keeping = asyncio.create_task(server.keep(lambda: serving.append(server.port)))
+        assert (await read_response(reader))[0] == 200
+        assert serving == [port, port]
+        writer.close()
+        await server.stop(1)
+        assert not keeping.done(), "it was stopped, and has not failed"
+        keeping.cancel()
+    with pytest.raises(OSError):
+        await asyncio.open_connection("127.0.0.1", port)
 
 
 async def test_a_port_that_is_taken(app: FastAPI, server: HttpServer) -> None:

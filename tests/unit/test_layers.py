@@ -28,6 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("agent.routing", "agent.build"),
     ("agent.pipeline", "agent.durable"),
     ("agent.ingress", "agent.worker"),
+    ("agent.parts",),
     ("agent.app",),
     ("agent.serve",),
     ("agent.cli",),

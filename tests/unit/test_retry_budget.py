@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from agent.config import RetryBudgetSection
 from agent.core.clock import ManualClock
-from agent.core.errors import TargetFailed
-from agent.registry.catalog import Family
+from agent.core.errors import TargetFailed, TargetUnavailable
+from agent.core.types import InferenceRequest, TargetAnswer
+from agent.registry.catalog import Family, Variant
 from agent.routing.retry_budget import SLOT_S, RetryBudget
 from agent.routing.router import NoAnswer, Router
 
@@ -25,7 +26,7 @@ def test_a_tenth_of_the_requests() -> None:
     for _ in range(100):
         made.requested(0.0)
     assert [made.take(0.5) for _ in range(11)] == [True] * 10 + [False]
-    assert made.status(0.5) == {"left": 0.0, "granted": 10, "refused": 2}
+    assert made.status(0.5) == {"left": 0.0, "granted": 10, "refused": 2, "taken_over": 0}
 
 
 def test_the_window_moves() -> None:
@@ -103,3 +104,34 @@ async def test_a_first_attempt_needs_none(
         fleet[name].state = UNPLUGGED
     routed = await router.run(make_request(clock), family)
     assert outcomes(routed.attempts) == [("cloud_gpu", "ok")]
+
+
+async def test_who_is_gone_is_taken_over_from_without_limit(
+    router: Router, fleet: dict[str, FakeTarget], family: Family, clock: ManualClock
+) -> None:
+    """A lane whose link is lost fails all that it has in flight at once: each goes on to the next one that can answer,
+    whatever the budget says, and has failed once."""
+    while router.retries.take(clock.monotonic()):
+        pass
+    fleet["edge_mcu"].state = UNPLUGGED
+
+    async def lost(request: InferenceRequest, variant: Variant, deadline: float) -> TargetAnswer:
+        fleet["edge_gpu"].state = UNPLUGGED
+        raise TargetUnavailable("the runtime process died")
+
+    fleet["edge_gpu"].behaviour = lost
+    routed = await router.run(make_request(clock), family)
+    assert outcomes(routed.attempts) == [("edge_gpu", "unavailable"), ("cloud_gpu", "ok")]
+    assert router.retries.status(clock.monotonic())["taken_over"] == 1
+
+
+async def test_so_is_who_has_an_open_breaker(
+    router: Router, fleet: dict[str, FakeTarget], family: Family, clock: ManualClock
+) -> None:
+    """Nobody else is sent there, so nobody's load is doubled. Failures before it opened need the budget."""
+    edge_fails(fleet)
+    fleet["edge_mcu"].state = UNPLUGGED
+    taken = [await router.run(make_request(clock), family) for _ in range(5)]
+    assert [outcomes(routed.attempts) for routed in taken] == [[("edge_gpu", "failed"), ("cloud_gpu", "ok")]] * 5
+    status = router.retries.status(clock.monotonic())
+    assert (status["granted"], status["taken_over"]) == (4, 1)

@@ -62,7 +62,13 @@ def test_what_is_told_of_reloads() -> None:
     clock = ManualClock()
     reloads = Reloads(clock)
     reloads.begin(settings())
-    assert reloads.component() == {"name": "settings", "state": "up", "reason": "", "since_s": 0.0}
+    assert reloads.component() == {
+        "name": "settings",
+        "state": "up",
+        "reason": "",
+        "since_s": 0.0,
+        "since": clock.wall(),
+    }
     clock.advance(5)
     reloads.refuse(["a: is wrong", "b: too"])
     assert reloads.component()["state"] == "degraded"

@@ -8,7 +8,16 @@ import pytest
 from fakes import PATIENCE_S
 
 from agent.core.clock import ManualClock
-from agent.supervisor import RESTART_INITIAL_S, RESTART_MAX_S, Component, ComponentState, Supervisor
+from agent.supervisor import (
+    CORE_FAILURES,
+    RESTART_INITIAL_S,
+    RESTART_MAX_S,
+    STARTING_S,
+    Component,
+    ComponentState,
+    Reading,
+    Supervisor,
+)
 
 
 class Chance:
@@ -185,7 +194,67 @@ def test_since_counts_from_the_change(clock: ManualClock) -> None:
     component.set(ComponentState.UP)
     clock.advance(3)
     component.set(ComponentState.UP, "reconnected")
-    assert component.to_dict() == {"name": "mqtt", "state": "up", "reason": "reconnected", "since_s": 3.0}
+    since = clock.wall() - 3.0
+    shown = {"name": "mqtt", "state": "up", "reason": "reconnected", "since_s": 3.0, "since": since}
+    assert component.to_dict() == shown
+
+
+def test_parts_are_read_and_start_before_they_are_down(clock: ManualClock) -> None:
+    """What has not worked yet may still be starting, for a while; what has worked and does not is down at once."""
+    supervisor = Supervisor(clock)
+    found = {"lane": Reading.there(False, "no worker"), "cache": Reading.working("no space left")}
+    supervisor.reads(lambda: found)
+    assert states(supervisor) == {"lane": ("starting", "no worker"), "cache": ("degraded", "no space left")}
+    clock.advance(STARTING_S)
+    assert states(supervisor)["lane"] == ("down", "no worker")
+    found["lane"] = Reading.there(True)
+    assert states(supervisor)["lane"] == ("up", "")
+    found["lane"] = Reading.there(False, "gone")
+    supervisor.look()
+    clock.advance(2)
+    (lane,) = [one for one in supervisor.status() if one["name"] == "lane"]
+    assert (lane["state"], lane["since_s"]) == ("down", 2.0)
+    del found["lane"]
+    assert "lane" not in states(supervisor)
+
+
+async def test_only_a_core_that_fails_again_and_again_is_the_daemons_end(supervisor: Supervisor) -> None:
+    told: list[str] = []
+    runs = {"door": 0, "other": 0}
+    enough = asyncio.Event()
+
+    async def work(component: Component) -> None:
+        runs[component.name] += 1
+        if min(runs.values()) > 3 * CORE_FAILURES:
+            enough.set()
+        raise OSError("address in use")
+
+    supervisor.broken = told.append
+    supervisor.spawn("other", work)
+    supervisor.spawn("door", work, core=True)
+    await wait(enough)
+    assert told == [f"door failed {CORE_FAILURES} times in a row: OSError: address in use"]
+
+
+async def test_a_core_that_fails_now_and_then_is_not(clock: ManualClock) -> None:
+    told: list[str] = []
+    runs = 0
+    enough = asyncio.Event()
+
+    async def work(component: Component) -> None:
+        nonlocal runs
+        runs += 1
+        if runs > 3 * CORE_FAILURES:
+            enough.set()
+        clock.advance(RESTART_MAX_S + 1)
+        raise OSError
+
+    supervisor = Supervisor(clock, lambda: 0.0)
+    supervisor.broken = told.append
+    supervisor.spawn("door", work, core=True)
+    await wait(enough)
+    await supervisor.stop()
+    assert told == []
 
 
 async def test_a_watched_part_whose_work_has_ended_is_overdue(clock: ManualClock) -> None:

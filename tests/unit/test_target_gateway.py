@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -160,12 +161,26 @@ async def test_with_no_library_at_all_it_says_why() -> None:
     await target.stop()
 
 
-async def test_a_load_that_fails_unexpectedly_is_the_reason() -> None:
-    def broken(format: Format) -> Runtime:
-        raise OSError("the driver's library has the wrong version")
+async def test_a_load_that_fails_unexpectedly_is_the_reason_and_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mended = threading.Event()
 
-    target = await started(factory=broken)
+    def broken_at_first(format: Format) -> Runtime:
+        if not mended.is_set():
+            raise OSError("the driver's library has the wrong version")
+        return LiteRtRuntime()
+
+    monkeypatch.setattr("agent.targets.gateway.RELOAD_INITIAL_S", 0.01)
+    monkeypatch.setattr("agent.targets.gateway.RELOAD_MAX_S", 0.01)
+    target = await started(factory=broken_at_first)
     assert target.availability().reason == "loading failed: the driver's library has the wrong version"
+    assert target.parts()["models"] == ("degraded", target.availability().reason)
+    mended.set()
+    async with asyncio.timeout(SOON_S):
+        while not target.availability().available:  # noqa: ASYNC110 - nothing else tells
+            await asyncio.sleep(0.005)
+    assert target.parts() == {"models": ("up", "")}
     await target.stop()
 
 

@@ -310,15 +310,30 @@ async def test_a_silent_board_is_noticed_and_opened_again() -> None:
 
 
 @virtual_time
-async def test_a_defect_in_the_supervision_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    async def broken(port: str, baud: int) -> Line:
-        raise ZeroDivisionError("a defect")
+async def test_a_defect_in_the_supervision_is_told_and_the_port_opened_again(caplog: pytest.LogCaptureFixture) -> None:
+    """A crash of one board's task is no end of it, nor of the daemon."""
+    mcu, opened = FakeMcu(), 0
+    bench = Bench({"/dev/a": mcu})
 
-    target = McuTarget(McuSection(ports=("/dev/a",)), CATALOG, LoopClock(), connect=broken)
+    async def broken_at_first(port: str, baud: int) -> Line:
+        nonlocal opened
+        opened += 1
+        if opened < 3:
+            raise ZeroDivisionError("a defect")
+        return await bench.connect(port, baud)
+
+    target = McuTarget(McuSection(ports=("/dev/a",)), CATALOG, LoopClock(), connect=broken_at_first)
     await target.start()
-    await asyncio.sleep(1)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
     assert "a defect" in target.availability().reason
-    assert ("supervision of a board ended", "/dev/a") in [(e.msg, vars(e)["port"]) for e in caplog.records]
+    assert target.parts()["board /dev/a"].state == "down"
+    await asyncio.sleep(30)
+    assert target.availability().available
+    assert target.alive()
+    assert target.parts()["board /dev/a"] == ("up", "")
+    told = [record for record in caplog.records if record.msg == "task failed"]
+    assert [vars(record)["component"] for record in told] == ["board /dev/a"] * 2
     await target.stop()
 
 
