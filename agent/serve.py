@@ -97,11 +97,11 @@ class Service:
         return not self._stop.is_set()
 
     async def _start(self, app: App, open_door: socket.socket | None = None) -> None:
-        """Raises `ConfigError` or `LinkError`, and leaves nothing running."""
+        """Raises `ConfigError` or `LinkError`, or what a defect raised, and leaves nothing running."""
         app.supervisor.broken = self._break
         try:
             await app.start(None if open_door is None else open_door.dup())
-        except (ConfigError, LinkError):
+        except Exception:
             await app.supervisor.stop()  # before its tasks have begun, and say so
             await app.stop()
             raise
