@@ -21,6 +21,9 @@ from agent.telemetry import events
 
 log = logging.getLogger(__name__)
 
+RELOAD_LIMIT_S = 600.0
+"""How long a reload may take before systemd's watchdog ends it: loading may build an engine for an accelerator."""
+
 
 def run(path: Path | None) -> int:
     """Load the configuration, run until SIGTERM or SIGINT. Returns the exit code."""
@@ -60,10 +63,6 @@ class Service:
         except (ConfigError, LinkError) as error:
             log.error("cannot start", extra={"reason": str(error)})
             return 2 if isinstance(error, ConfigError) else 1
-        except Exception as defect:
-            log.critical("cannot start", extra={"reason": f"{type(defect).__name__}: {defect}"})
-            log.debug("where", exc_info=True)
-            return 1
         self._notifier.ready("serving")
         names = [target.traits.name for target in app.targets]
         log.info("ready", extra={"gateway": settings.config.gateway.id, "targets": names})
@@ -97,31 +96,43 @@ class Service:
         return not self._stop.is_set()
 
     async def _start(self, app: App, open_door: socket.socket | None = None) -> None:
-        """Raises `ConfigError` or `LinkError`, or what a defect raised, and leaves nothing running."""
+        """Raises `ConfigError` or `LinkError`, and leaves nothing running."""
         app.supervisor.broken = self._break
         try:
             await app.start(None if open_door is None else open_door.dup())
-        except Exception:
+        except Exception as error:
             await app.supervisor.stop()  # before its tasks have begun, and say so
             await app.stop()
-            raise
+            if isinstance(error, ConfigError | LinkError):
+                raise
+            log.exception("a part could not be started")
+            raise LinkError(f"{type(error).__name__}: {error}") from None
         if self._notifier.watchdog_s:
             app.supervisor.spawn("watchdog", lambda component: _feed(self._notifier, app, component))
 
     async def _renew(self, app: App, old: Settings) -> tuple[App | None, Settings]:
         """The daemon with the settings that are on the disk now, or the former one as if nothing had been."""
         self._notifier.reloading()
+        feeding = asyncio.create_task(self._feed_meanwhile())
+        try:
+            return await self._replace(app, old)
+        finally:
+            feeding.cancel()
+
+    async def _feed_meanwhile(self) -> None:
+        """While one daemon takes the other's place nobody else feeds systemd's watchdog."""
+        if self._notifier.watchdog_s:
+            for _ in range(int(RELOAD_LIMIT_S / (self._notifier.watchdog_s / 3)) + 1):
+                self._notifier.watchdog()
+                await asyncio.sleep(self._notifier.watchdog_s / 3)
+
+    async def _replace(self, app: App, old: Settings) -> tuple[App | None, Settings]:
         try:
             new = await asyncio.to_thread(load_settings, self._path)
         except ConfigError as error:
             self._refuse(app, list(error.problems))
             return app, old
         changed = changes(old, new)
-        if not changed:
-            app.reloads.took(new)
-            log.info("reloaded", extra={"changed": "nothing"})
-            self._notifier.ready("serving")
-            return app, old
         try:
             successor = App(new, self._clock, app.heritage)
         except ConfigError as error:

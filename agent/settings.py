@@ -104,6 +104,8 @@ def changes(before: Settings, after: Settings) -> list[str]:
     """Dotted keys that differ, without their values, which may be secret."""
     found = list(_differ(before.config.model_dump(), after.config.model_dump(), ""))
     old, new = before.catalog.families, after.catalog.families
+    if before.trust != after.trust:
+        found.append("models: who vouches for the catalogue")
     found += [f"catalogue: {name}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     if len(found) > MAX_CHANGES:
         return [*found[:MAX_CHANGES], f"and {len(found) - MAX_CHANGES} more"]

@@ -149,6 +149,12 @@ class Stage:
         self._processes.append(process)
         return process
 
+    def forget(self, name: str) -> None:
+        """Kill what was started under that name and still runs."""
+        for process in self._processes:
+            if process.name == name and process.alive():
+                process.kill()
+
     def broker(self, name: str, port: int, persistent: bool = False) -> Process:
         """A broker on loopback: mosquitto if it is installed, else the rumqttd wheel. `persistent`: mosquitto writes
         what it keeps to a file after every change."""

@@ -26,6 +26,7 @@ class Stalls:
         self._late: deque[tuple[float, float]] = deque(maxlen=KEPT)
         self._at: list[float] = []
         self._waited: list[float] = []
+        self._lock = threading.Lock()
         self._halt = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -37,6 +38,10 @@ class Stalls:
 
     def between(self, start: float, end: float) -> float:
         """Seconds in this span, both kinds together."""
+        with self._lock:
+            return self._between(start, end)
+
+    def _between(self, start: float, end: float) -> float:
         late = 0.0
         for at, seconds in reversed(self._late):
             if at < start:
@@ -57,7 +62,8 @@ class Stalls:
         while not self._halt.wait(self.STEP_S):
             now = time.monotonic()
             if (late := now - before - self.STEP_S) > self.STEP_S:
-                self._late.append((now, late))
+                with self._lock:
+                    self._late.append((now, late))
             before = now
             if self._at and now - self._at[-1] < self.LOOK_S:
                 continue
@@ -65,10 +71,11 @@ class Stalls:
             waited = _run_delay(pid)
             total += max(0.0, waited - known[1]) if pid == known[0] else waited
             known = (pid, waited)
-            self._at.append(now)
-            self._waited.append(total)
-            if len(self._at) > KEPT:
-                del self._at[: KEPT // 2], self._waited[: KEPT // 2]
+            with self._lock:
+                self._at.append(now)
+                self._waited.append(total)
+                if len(self._at) > KEPT:
+                    del self._at[: KEPT // 2], self._waited[: KEPT // 2]
 
 
 def _run_delay(pid: int) -> float:

@@ -111,7 +111,7 @@ class Judge:
         so."""
         label, variant = answer.get("label"), str(answer.get("variant"))
         if answer.get("stale") and not answer.get("same_input"):
-            return answer.get("tier") == "fallback" and answer.get("age_s", 0) > 0
+            return answer.get("tier") == "fallback" and isinstance(answer.get("age_s"), float)
         known = self._labels.get(variant)
         tier = "fallback" if answer.get("stale") else answer.get("origin_tier")
         return known is not None and known[sample] == label and bool(answer.get("tier") == tier or answer.get("cached"))

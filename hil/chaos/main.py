@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -195,9 +196,9 @@ def _finish(site: Site, ledger: Ledger, callers: list[Caller], receiver: Receive
     site.wait_for("every tier again", lambda status: all(target["available"] for target in status["targets"]))
     end = time.monotonic() + DRAIN_S
     while time.monotonic() < end:
-        rows = site.status()["outbox"]["rows"]
-        if not any(rows.values()) and not ledger.undelivered():
-            break
+        with suppress(OSError, ValueError):  # it says nothing at this moment
+            if not any(site.status()["outbox"]["rows"].values()) and not ledger.undelivered():
+                break
         time.sleep(0.2)
     receiver.close()
 

@@ -18,7 +18,7 @@ from typing import Any
 from agent.registry.catalog import Catalog
 from hil.chaos.ledger import Windows
 from hil.linkcut import LinkCut
-from hil.processes import Process, Stage, free_port
+from hil.processes import Process, Stage, StartError, free_port
 from hil.virtual.control import Control
 
 GATEWAY = "chaos"
@@ -29,6 +29,7 @@ STATUS_LIMIT_S = 2.0
 BACK_LIMIT_S = 40.0
 """How long the daemon may take to have its links again after a fault of theirs."""
 STOP_LIMIT_S = 15.0
+STARTS = 3
 FAKETIME = "faketime/libfaketimeMT.so.1"
 
 
@@ -132,7 +133,14 @@ class Site:
                 "FAKETIME_CACHE_DURATION": "1",  # a look at the file at every call would slow everything down
                 "FAKETIME_DONT_FAKE_MONOTONIC": "1",
             }
-        self.daemon = self.stage.daemon(self._config(), environ=environ)
+        for attempt in range(STARTS):
+            try:
+                self.daemon = self.stage.daemon(self._config(), environ=environ)
+                return
+            except StartError as error:  # what is left of it must not be in the way of the next one
+                self.stage.forget("daemon")
+                self.deaths.append(f"start {attempt + 1} failed: {error}")
+        raise StartError("the daemon cannot be started")
 
     def terminate_daemon(self) -> None:
         """SIGTERM; it must end by itself, and with 0."""

@@ -48,7 +48,7 @@ def judged(
         (STALE | {"label": "1"}, "unlabelled"),
         (STALE | {"tier": "edge_gpu"}, "unlabelled"),
         (STALE | {"label": "1", "same_input": False}, "stale, and says so"),
-        (STALE | {"label": "1", "same_input": False, "age_s": 0.0}, "unlabelled"),
+        (STALE | {"label": "1", "same_input": False, "age_s": None}, "unlabelled"),
         ({"error": {"code": "overloaded"}}, "refused"),
         ({}, "silent"),
     ],

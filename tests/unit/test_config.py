@@ -28,7 +28,13 @@ def refusal(tmp_path: Path, text: str | bytes, **environ: str) -> str:
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gateway": {"state_dir": Path("/var/lib/edge-agent"), "drain_timeout_s": 5},
-    "models": {"catalog": None, "trusted_keys": ()},
+    "models": {
+        "catalog": None,
+        "trusted_keys": (),
+        "require_signed": True,
+        "trial_memory_mb": 1024,
+        "trial_s": 60,
+    },
     "routing": {
         "policy": "utility",
         "hysteresis": 0.01,

@@ -9,7 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 MAY_ASK = {
-    "agent/app.py": "when a trace began; budgets over a reboot",
+    "agent/app.py": "budgets over a reboot",
+    "agent/build.py": "when a trace began",
     "agent/core/clock.py": "the clock itself",
     "agent/durable/asker.py": "for people: when an answer was given",
     "agent/durable/desk.py": "for people: when an answer was given",
