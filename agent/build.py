@@ -54,7 +54,10 @@ def build_targets(
 def confinement_of(config: Config, trust: Trust) -> Confinement | None:
     """Of models that nobody vouches for; None: somebody does."""
     models = config.models
-    return None if trust.trusted else Confinement(models.trial_memory_mb, models.trial_s, check_structure)
+    if trust.trusted:
+        return None
+    passed = config.gateway.state_dir / "models-passed.json"
+    return Confinement(models.trial_memory_mb, models.trial_s, check_structure, passed)
 
 
 def build_trace(config: Config, catalog: Catalog, targets: Sequence[Target], clock: Clock) -> TraceFile | None:

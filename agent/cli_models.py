@@ -110,7 +110,8 @@ def _keygen(args: argparse.Namespace) -> int:
 
 def _sign(args: argparse.Namespace) -> int:
     from agent.cli_image import choose
-    from agent.registry.signing import PrivateKey, SignedManifest
+    from agent.registry.signing import PrivateKey, SignedManifest, SigningError
+    from agent.runtimes.base import RuntimeUnavailable
     from agent.wire.update import BOARD_BYTES
 
     if len(args.board.encode()) > BOARD_BYTES or not args.board.isascii() or " " in args.board:
@@ -122,10 +123,15 @@ def _sign(args: argparse.Namespace) -> int:
     if args.counter is None and chosen.variant is None:
         return _usage(f"--counter: is needed, as the catalogue does not know {args.model}")
     counter = args.counter if args.counter is not None else chosen.variant.version if chosen.variant else 0
+    key = PrivateKey.load(args.key)
+    try:
+        cli_catalogue.inspect(chosen.path, chosen.model, "tflite")
+    except RuntimeUnavailable as error:  # Those who sign need not have what gateways have.
+        print(f"{chosen.name}: its structure is sound; it was not run: {error}")
+    except ValueError as error:
+        raise SigningError(f"{chosen.name}: {error}; it is not signed") from None
     image = chosen.image(counter, allow_lower_counter=args.allow_downgrade, board=args.board)
-    signed = SignedManifest.make(
-        chosen.variant.name if chosen.variant is not None else "", image.manifest(0), PrivateKey.load(args.key)
-    )
+    signed = SignedManifest.make(chosen.variant.name if chosen.variant is not None else "", image.manifest(0), key)
     path = args.out or chosen.signature_path
     signed.save(path)
     which = f"boards named {args.board}" if args.board else "any board"

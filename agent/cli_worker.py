@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import logging
 import os
 import platform
 import re
@@ -17,6 +18,8 @@ from pydantic import ValidationError
 from agent.config import GpuSection, ModelsSection, check_broker_url
 from agent.core.clock import SystemClock
 from agent.core.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 _LEVEL = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -42,6 +45,12 @@ def add_parser(commands: Any) -> None:
         "--allow-unsigned",
         action="store_true",
         help="serve a catalogue that no trusted key signed, in a process of its own",
+    )
+    parser.add_argument(
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        help="where the highest counter of a signed catalogue is kept, so that no earlier one is served after it",
     )
     parser.add_argument("--id", metavar="NAME", help="of this worker; default: host name and process id")
     parser.add_argument("--group", metavar="NAME", help="workers of one group share the requests; default: the lane's")
@@ -114,7 +123,8 @@ async def _serve(args: argparse.Namespace) -> int:
     from agent.registry.catalog import load_catalog
     from agent.registry.locate import catalog_path
     from agent.registry.model_structure import check_structure
-    from agent.registry.trust import trust_of
+    from agent.registry.signing import SigningError
+    from agent.registry.trust import keep_counter, trust_of
     from agent.runtimes.base import Confinement
     from agent.runtimes.pool import RuntimePool
     from agent.telemetry import events
@@ -122,11 +132,11 @@ async def _serve(args: argparse.Namespace) -> int:
 
     events.setup(args.log_level, args.log_format)
     clock = SystemClock()
-    trust = trust_of(args.catalog, args.trusted_key)
+    catalog = load_catalog(catalog_path(args.catalog), any_file=True)
+    trust = trust_of(args.catalog, args.trusted_key, args.state_dir, catalog.sha256)
     if not trust.trusted and not args.allow_unsigned:
-        todo = "--allow-unsigned serves it all the same"
+        todo = "sign it with a --trusted-key (`edge-agent models sign-catalog`), or --allow-unsigned serves it as it is"
         raise ConfigError([f"--catalog: {args.catalog}: is not trusted: {trust.why}; {todo}"])
-    catalog = load_catalog(catalog_path(args.catalog))
     worker_id = args.id or f"{re.sub(r'[^A-Za-z0-9_.-]', '-', platform.node())[:50] or 'worker'}-{os.getpid()}"
     settings = WorkerSettings(
         topic=args.topic,
@@ -150,13 +160,21 @@ async def _serve(args: argparse.Namespace) -> int:
         key_file=args.key_file,
     )
     limits = ModelsSection()
-    confinement = None if trust.trusted else Confinement(limits.trial_memory_mb, limits.trial_s, check_structure)
-    pool = RuntimePool(_runtime(args), clock, max_queued=args.max_queued, confinement=confinement)
+    passed = None if args.state_dir is None else args.state_dir / "models-passed.json"
+    confinement = Confinement(limits.trial_memory_mb, limits.trial_s, check_structure, passed)
+    pool = RuntimePool(
+        _runtime(args), clock, max_queued=args.max_queued, confinement=None if trust.trusted else confinement
+    )
     worker = Worker(settings, catalog, pool, options, clock)
     stop = asyncio.Event()
     for sig in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(sig, stop.set)
     await worker.start()
+    if args.state_dir is not None:
+        try:
+            keep_counter(trust, args.state_dir)
+        except SigningError as error:  # a disk that is full must not keep the worker from serving
+            log.warning("the catalogue's counter cannot be kept", extra={"reason": str(error)})
     await stop.wait()
     await worker.stop()
     return 0

@@ -28,7 +28,7 @@ RELOAD_LIMIT_S = 600.0
 def run(path: Path | None) -> int:
     """Load the configuration, run until SIGTERM or SIGINT. Returns the exit code."""
     os.umask(0o077)  # state, traces and trail hold what callers asked: nobody else's to read
-    settings = load_settings(path)
+    settings = load_settings(path, any_file=True)  # A model file that decayed is no reason to answer nothing at all.
     _log_as(settings)
     try:
         return _loop_runner()(Service(path).serve(settings))

@@ -81,10 +81,11 @@ class Settings(NamedTuple):
         return hashlib.sha256((self.config.model_dump_json() + catalog).encode()).hexdigest()
 
 
-def load_settings(path: Path | None) -> Settings:
-    """Read and check everything that can be checked without starting. Raises `ConfigError` with each fault."""
+def load_settings(path: Path | None, *, any_file: bool = False) -> Settings:
+    """Read and check everything that can be checked without starting. `any_file`: one whole model file is enough, as
+    targets refuse the others. Raises `ConfigError` with each fault."""
     config = load_config(path)
-    catalog = load_catalog(catalog_path(config.models.catalog))
+    catalog = load_catalog(catalog_path(config.models.catalog), any_file=any_file)
     named = {f"sensors.{topic}": sensor.model for topic, sensor in config.sensors.items()}
     named |= {f"edge_mcu.streams.{index}": stream.model for index, stream in enumerate(config.edge_mcu.streams)}
     unknown = [
@@ -94,7 +95,7 @@ def load_settings(path: Path | None) -> Settings:
     ]
     if unknown:
         raise ConfigError(unknown)
-    trust = trust_of(config.models.catalog, config.models.trusted_keys, config.gateway.state_dir)
+    trust = trust_of(config.models.catalog, config.models.trusted_keys, config.gateway.state_dir, catalog.sha256)
     if config.models.require_signed:
         require(trust, config.models.catalog)
     return Settings(config, catalog, trust)

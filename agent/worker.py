@@ -25,7 +25,7 @@ from agent.core.errors import ConfigError, LinkError, ProtocolError, TargetBusy,
 from agent.core.types import Tensor, Tensors
 from agent.link.mqtt import LinkOptions, LinkState, Message, MessageProperties, MqttLink, Will
 from agent.registry.catalog import Catalog, Family, Variant
-from agent.registry.tensors import from_variant, to_variant
+from agent.registry.tensors import from_variant, misfit, to_variant
 from agent.runtimes.base import LoadedModel, ModelFile, RunOutcome
 from agent.wire import lane, oip
 from agent.wire.mqtt_properties import usable_topic
@@ -182,13 +182,17 @@ class Worker:
             for variant in family.variants.values()
             if "cloud" in variant.targets
         }
-        files = [
-            ModelFile(self._catalog.path(item.variant), item.variant.format, item.variant.sha256)
-            for item in wanted.values()
-        ]
-        served, problems = [], []
-        for sha256, outcome in (await self._pool.load_all(files)).items():
+        files, refused, served, problems = [], {}, [], []
+        for sha256, item in wanted.items():
+            try:
+                path = self._catalog.file(item.variant)
+                files.append(ModelFile(path, item.variant.format, sha256, item.variant.bytes))
+            except ValueError as error:
+                refused[sha256] = error
+        for sha256, outcome in {**refused, **await self._pool.load_all(files)}.items():
             variant = wanted[sha256].variant
+            if isinstance(outcome, LoadedModel) and (fault := misfit(variant, outcome.inputs, outcome.outputs)):
+                outcome = ValueError(fault)
             if isinstance(outcome, LoadedModel):
                 model = lane.ServedModel(variant.model, variant.id, sha256, outcome.provider)
                 served.append((wanted[sha256], model))

@@ -71,10 +71,20 @@ def parse_yaml(text: str) -> Any:
 
 def read_yaml(path: Path, limit: int) -> Any:
     """The document in a file of at most `limit` bytes. Raises `NotYaml` and `OSError`."""
+    return decode_yaml(read_bounded(path, limit))
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """The content of a file of at most `limit` bytes. Raises `NotYaml` and `OSError`."""
     with path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise NotYaml(f"larger than {limit} bytes")
+    return data
+
+
+def decode_yaml(data: bytes) -> Any:
+    """The single document in `data`. Raises `NotYaml`."""
     try:
         return parse_yaml(data.decode("utf-8"))
     except UnicodeDecodeError as error:

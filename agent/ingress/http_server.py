@@ -25,6 +25,9 @@ HANDSHAKE_S = 5.0
 KEEP_ALIVE_S = 30
 """Longer than the seconds between two polls of a dashboard, so that they share a connection."""
 
+FIRST_WORDS_S = 0.05
+"""Between letting nobody in any more and closing idle connections: whoever was let in last gets to ask."""
+
 
 class HttpServer:
     """Serves one ASGI application. `port` is the real one once `start` has returned.
@@ -99,6 +102,9 @@ class HttpServer:
             self._listener = None
         if self._task is None:
             return
+        for server in self._server.servers:
+            server.close()
+        await asyncio.sleep(FIRST_WORDS_S)
         self._server.config.timeout_graceful_shutdown = math.ceil(limit_s)
         self._server.should_exit = True
         await asyncio.wait((self._task,), timeout=math.ceil(limit_s) + 1)

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from agent.core.documents import NotYaml, read_yaml
+from agent.core.documents import NotYaml, decode_yaml, read_bounded
 from agent.core.errors import ConfigError, UnknownModel
 from agent.core.types import Complexity
 from agent.registry.calibration import Calibration
@@ -184,11 +184,13 @@ class Family(_Strict):
 
 
 class Catalog(_Strict):
-    """All families. `root` is the folder that variant paths are relative to."""
+    """All families. `root` is the folder that variant paths are relative to, `sha256` the digest of the bytes that this
+    was read from: of a file that may be another one by now."""
 
     schema_: Literal[1] = Field(alias="schema")
     families: Mapping[Identifier, Family]
     root: Path = Path()
+    sha256: str = ""
 
     def family(self, name: str) -> Family:
         """Raises `UnknownModel`."""
@@ -200,6 +202,25 @@ class Catalog(_Strict):
 
     def path(self, variant: Variant) -> Path:
         return self.root / variant.path
+
+    def file(self, variant: Variant) -> Path:
+        """Its path, to be opened. Raises `ValueError` if that leads out of the catalogue's folder, or to something that
+        is no plain file and could be read for ever."""
+        return self.below("path", variant.path)
+
+    def below(self, field: str, relative: str) -> Path:
+        """Of any file that the catalogue names in `field`. Raises `ValueError`, as `file`."""
+        path = self.root / relative
+        try:
+            inside = path.resolve().is_relative_to(self.root.resolve())
+            plain = path.is_file() or not path.exists()
+        except (OSError, RuntimeError) as error:  # a name that is too long; links that go round in a circle
+            raise ValueError(f"{field}: leads nowhere: {relative[:100]!r} ({error.__class__.__name__})") from None
+        if not inside:
+            raise ValueError(f"{field}: leads out of the catalogue's folder: {relative!r}")
+        if not plain:
+            raise ValueError(f"{field}: is no plain file: {relative!r}")
+        return path
 
     def by_sha256(self, sha256: str) -> Variant | None:
         for family in self.families.values():
@@ -217,13 +238,14 @@ def complexity(variant: Variant, *, simple: tuple[float, int], medium: tuple[flo
     return Complexity.COMPLEX
 
 
-def load_catalog(path: Path, *, verify: bool = True, calibrated: bool = True) -> Catalog:
-    """Read and validate a catalogue; with `verify`, also that every file is there, whole and as recorded; with
-    `calibrated`, also that calibrations were fitted to these files.
+def load_catalog(path: Path, *, verify: bool = True, calibrated: bool = True, any_file: bool = False) -> Catalog:
+    """Read and validate a catalogue; with `verify`, also that every file is there, whole and as recorded (with
+    `any_file`, that one is: whoever loads them refuses the others); with `calibrated`, also that calibrations were
+    fitted to these files.
 
     Raises `ConfigError` with one line for each fault.
     """
-    raw = _read_yaml(path)
+    raw, digest = _read_yaml(path)
     families = raw.get("families")
     if isinstance(families, dict):
         for name, family in families.items():
@@ -233,7 +255,7 @@ def load_catalog(path: Path, *, verify: bool = True, calibrated: bool = True) ->
                 for id_, variant in variants.items() if isinstance(variants, dict) else ():
                     if isinstance(variant, dict):
                         variant["model"], variant["id"] = str(name), str(id_)
-    raw["root"] = path.parent
+    raw["root"], raw["sha256"] = path.parent, digest
     try:
         catalog = Catalog.model_validate(raw)
     except ValidationError as error:
@@ -244,22 +266,25 @@ def load_catalog(path: Path, *, verify: bool = True, calibrated: bool = True) ->
     if calibrated:
         problems += _misfits(catalog)
     if verify and not problems:
-        problems += _file_faults(catalog)
+        problems += _file_faults(catalog, any_file=any_file)
+        problems += _other_data(catalog)
     if problems:
         raise ConfigError([f"{path}: {problem}" for problem in problems])
     return catalog
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> tuple[dict[str, Any], str]:
+    """The document, and the SHA-256 of the very bytes that it was read from."""
     try:
-        raw = read_yaml(path, MAX_CATALOG_BYTES)
+        data = read_bounded(path, MAX_CATALOG_BYTES)
+        raw = decode_yaml(data)
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read: {error.strerror or error}"]) from None
     except NotYaml as error:
         raise ConfigError([f"{path}: cannot be read as YAML: {error}"]) from None
     if not isinstance(raw, dict):
         raise ConfigError([f"{path}: must be a mapping with the keys schema and families"])
-    return raw
+    return raw, hashlib.sha256(data).hexdigest()
 
 
 def _inconsistencies(catalog: Catalog) -> list[str]:
@@ -323,28 +348,46 @@ def _unsafe(at: str, path: str) -> Iterator[str]:
         yield f"{at}: must stay below the catalogue's folder, found {path!r}"
 
 
-def _file_faults(catalog: Catalog) -> Iterator[str]:
-    for family in catalog.families.values():
-        yield from _other_data(catalog, family)
-        for variant in family.variants.values():
-            at = f"families.{family.name}.variants.{variant.id}"
-            try:
-                with catalog.path(variant).open("rb") as file:
-                    size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                yield f"{at}.path: cannot be read: {error.strerror}: {variant.path}"
-                continue
-            if digest != variant.sha256:
-                yield f"{at}.sha256: the file {variant.path} is not the one recorded"
-            elif size != variant.bytes:
-                yield f"{at}.bytes: the file {variant.path} has {size} bytes, {variant.bytes} are recorded"
+def _variants(catalog: Catalog) -> Iterator[Variant]:
+    return (variant for family in catalog.families.values() for variant in family.variants.values())
 
 
-def _other_data(catalog: Catalog, family: Family) -> Iterator[str]:
+def _file_faults(catalog: Catalog, *, any_file: bool) -> list[str]:
+    """With `any_file`, none unless every file has one."""
+    faults = [_file_fault(catalog, variant) for variant in _variants(catalog)]
+    return [] if any_file and not all(faults) else [fault for fault in faults if fault]
+
+
+def _file_fault(catalog: Catalog, variant: Variant) -> str:
+    """What is wrong with its file; empty: nothing."""
+    at = f"families.{variant.model}.variants.{variant.id}"
+    try:
+        if variant.selftest is not None:
+            catalog.below("selftest", variant.selftest)
+        with catalog.file(variant).open("rb") as file:
+            size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    except ValueError as error:
+        return f"{at}.{error}"
+    except OSError as error:
+        return f"{at}.path: cannot be read: {error.strerror}: {variant.path}"
+    if digest != variant.sha256:
+        return f"{at}.sha256: the file {variant.path} is not the one recorded"
+    if size != variant.bytes:
+        return f"{at}.bytes: the file {variant.path} has {size} bytes, {variant.bytes} are recorded"
+    return ""
+
+
+def _other_data(catalog: Catalog) -> Iterator[str]:
     """Held-out data need not be on a gateway; if it is, a calibration must be of it."""
-    path = catalog.root / family.data.heldout
-    if not path.is_file() or not any(variant.calibration for variant in family.variants.values()):
-        return
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != family.data.heldout_sha256:
-            yield f"families.{family.name}.data.heldout_sha256: {family.data.heldout} is not the file recorded"
+    for family in catalog.families.values():
+        at = f"families.{family.name}.data"
+        try:
+            path = catalog.below("heldout", family.data.heldout)
+        except ValueError as error:
+            yield f"{at}.{error}"
+            continue
+        if not path.is_file() or not any(variant.calibration for variant in family.variants.values()):
+            continue
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != family.data.heldout_sha256:
+                yield f"{at}.heldout_sha256: {family.data.heldout} is not the file recorded"

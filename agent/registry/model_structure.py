@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 from agent.registry.flatbuffer import Buffer, Table, Vector
@@ -26,19 +25,14 @@ ABSENT: Final = 0xFFFF_FFFF
 SCHEMA_VERSION: Final = 3
 
 
-def check_structure(path: Path, format: str) -> None:
-    """Raises `ValueError` that says what is wrong."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise ValueError(f"{path.name}: {size} bytes, and models of unknown origin may have {MAX_FILE_BYTES}")
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path.name} cannot be read: {error.strerror}") from None
+def check_structure(name: str, data: bytes, format: str) -> None:
+    """Of the content of a file. Raises `ValueError` that says what is wrong."""
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"{name}: {len(data)} bytes, and models of unknown origin may have {MAX_FILE_BYTES}")
     try:
         _check_tflite(data) if format == "tflite" else _OnnxFile(data).check()
     except ValueError as error:
-        raise ValueError(f"{path.name}: its structure is wrong: {error}") from None
+        raise ValueError(f"{name}: its structure is wrong: {error}") from None
 
 
 # --- TensorFlow Lite: a FlatBuffer (schema.fbs of TensorFlow) ---------------------------------------------------------

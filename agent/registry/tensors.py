@@ -5,13 +5,16 @@ specification, `real = scale * (quantised - zero_point)`, rounded half away from
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from agent.core.errors import TargetFailed
 from agent.core.types import Tensor, Tensors
 from agent.registry.catalog import Family, Variant, VariantTensor
+
+Described = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Tensors of a file by name: dtype and shape."""
 
 
 def quantise(real: Tensor, spec: VariantTensor) -> Tensor:
@@ -32,6 +35,28 @@ def dequantise(stored: Tensor, spec: VariantTensor) -> Tensor:
     if spec.scale is None or spec.zero_point is None:
         return stored.astype(np.float32, copy=False)
     return (stored.astype(np.float32) - np.float32(spec.zero_point)) * np.float32(spec.scale)
+
+
+def misfit(variant: Variant, inputs: Described, outputs: Described) -> str:
+    """In which tensor a file, run once, is not what the catalogue says of it; empty: it is.
+
+    A dimension that an ONNX file leaves open was 1 in that run, so shapes of such inputs are not held against it.
+    """
+    if inputs.keys() != {spec.name for spec in variant.inputs}:
+        return f"the file's inputs are {sorted(inputs)}, not as catalogued {sorted(s.name for s in variant.inputs)}"
+    same = True
+    for spec in variant.inputs:
+        dtype, shape = inputs[spec.name]
+        same = same and shape == spec.shape
+        if dtype != spec.dtype or (variant.format == "tflite" and not same):
+            return f"the file's input {spec.name!r} is {dtype} {list(shape)}, not {spec.dtype} {list(spec.shape)}"
+    for spec in variant.outputs:
+        if spec.name not in outputs:
+            return f"the file has no output {spec.name!r}; it has {sorted(outputs)}"
+        dtype, shape = outputs[spec.name]
+        if dtype != spec.dtype or (same and math.prod(shape) != math.prod(spec.shape)):
+            return f"the file's output {spec.name!r} is {dtype} {list(shape)}, not {spec.dtype} {list(spec.shape)}"
+    return ""
 
 
 def to_variant(inputs: Tensors, variant: Variant) -> dict[str, Tensor]:

@@ -87,9 +87,9 @@ class CatalogSignature:
         fields = {"sha256": self.sha256, "counter": self.counter, "allow_downgrade": self.allow_downgrade}
         return DOMAIN + json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
 
-    def check(self, catalog: Path, keys: Sequence[PublicKey]) -> None:
-        """Raises `SigningError` unless a key among `keys` signed this very file."""
-        if _digest(catalog) != self.sha256:
+    def check(self, sha256: str, keys: Sequence[PublicKey]) -> None:
+        """Raises `SigningError` unless a key among `keys` signed the catalogue with this digest."""
+        if sha256 != self.sha256:
             raise SigningError("it was changed since it was signed")
         key = next((key for key in keys if key.id == self.key_id), None)
         if key is None:
@@ -115,17 +115,20 @@ def signature_path(catalog: Path) -> Path:
     return catalog.with_name(catalog.name + SUFFIX)
 
 
-def trust_of(configured: Path | None, keys: Sequence[str], state_dir: Path | None = None) -> Trust:
+def trust_of(
+    configured: Path | None, keys: Sequence[str], state_dir: Path | None = None, sha256: str | None = None
+) -> Trust:
     """Of the catalogue that a configuration names; None is the one that ships. Never raises for what is not trusted.
 
-    `state_dir`: where the highest counter that was in force is kept.
+    `state_dir`: where the highest counter that was in force is kept. `sha256`: of the bytes that were read as the
+    catalogue (`Catalog.sha256`), so that what is trusted is what was read; None: the file is read here.
     """
     path = catalog_path(configured)
     if _same(path, catalog_path(None)):
         return SHIPPED
     try:
         signature = CatalogSignature.load(signature_path(path))
-        signature.check(path, [load_public(text) for text in keys])
+        signature.check(sha256 or _digest(path), [load_public(text) for text in keys])
         highest = 0 if state_dir is None else _highest(state_dir)
         if signature.counter < highest and not signature.allow_downgrade:
             raise SigningError(f"its counter {signature.counter} is below {highest}, which was in force already")

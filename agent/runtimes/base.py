@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -59,8 +60,9 @@ class Runtime(Protocol):
         """`tflite` or `onnx`, as in the catalogue."""
         ...
 
-    def load(self, path: Path) -> ModelRunner:
-        """Load a file. Raises `RuntimeUnavailable` or `ValueError` (not a usable model)."""
+    def load(self, path: Path, data: bytes | None = None) -> ModelRunner:
+        """Load a file, or `data`, which was read from it: then the file is not opened. Raises `RuntimeUnavailable` or
+        `ValueError` (not a usable model)."""
         ...
 
 
@@ -74,42 +76,65 @@ class RuntimeFactory(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A file, and the digest without which it is not loaded."""
+    """A file, and the digest without which it is not loaded. `size`: bytes, if they are known: no more are read."""
 
     path: Path
     format: Format
     sha256: str
+    size: int | None = None
 
-    def verify(self) -> None:
-        """Raises `ValueError` if the file cannot be read or is not the one with that digest."""
+    def read(self) -> bytes:
+        """Its content, which is what is to be opened: a moment later the file may be another one.
+
+        Raises `ValueError` if it cannot be read or is not the one with that digest."""
         try:
             with self.path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+                data = file.read(-1 if self.size is None else self.size + 1)
         except OSError as error:
             raise ValueError(f"{self.path.name} cannot be read: {error.strerror}") from None
+        found = hashlib.sha256(data).hexdigest()
         if found != self.sha256:
             short = f"SHA-256 {found[:12]}…, not {self.sha256[:12]}…"
             raise ValueError(f"{self.path.name} is not the recorded file: {short}")
+        return data
 
 
 @dataclass(frozen=True, slots=True)
 class Confinement:
-    """For models of unknown origin. `check` looks through a file of a format before it is opened, and raises
-    `ValueError`; the process that opens it may take so many MB beyond what it starts with, and so many seconds each."""
+    """For models of unknown origin. `check` looks through the content of a file of that name and format before anything
+    opens it, and raises `ValueError`. The disposable process that opens it may take so many MB beyond what it starts
+    with, and so many seconds; it has no sockets and starts no programs. `passed`: a file that holds which have passed.
+    """
 
     memory_mb: int
     load_s: float
-    check: Callable[[Path, Format], None]
+    check: Callable[[str, bytes, Format], None]
+    passed: Path | None = None
+
+    def limits(self, threads: int) -> dict[str, int]:
+        """For `confine.confine`, of a process whose inferences run on so many threads."""
+        return {"memory_mb": self.memory_mb, "cpu_s": math.ceil(self.load_s * (threads + 1)) if self.memory_mb else 0}
+
+    def lasting(self) -> Confinement:
+        """For the process that runs what has passed: without limits on memory and time, which several models share."""
+        return replace(self, memory_mb=0)
+
+
+Described = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Tensors of a file by name: dtype and shape."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What a load tells: `provider` really ran it; `samples_s` are the first service times, warm-up left out."""
+    """What a load tells: `provider` really ran it; `samples_s` are the first service times, warm-up left out; `inputs`
+    and `outputs` are those of the first run."""
 
     file: ModelFile
     runtime: str
     provider: str
     samples_s: Sequence[float]
+    inputs: Described = field(default_factory=dict)
+    outputs: Described = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -273,7 +273,7 @@ class ProcessEngine:
                 "agent.runtimes.process",
                 json.dumps(asdict(self._options)),
                 str(os.getpid()),
-                str(self._confinement.memory_mb if self._confinement else 0),
+                json.dumps(self._confinement and self._confinement.limits(self._options.threads)),
                 *map(str, theirs),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
@@ -308,7 +308,7 @@ class ProcessEngine:
         """Raises `RuntimeUnavailable` or `ValueError`, also when the child dies of it."""
         if self._child is None:
             raise RuntimeUnavailable("the runtime process is gone")
-        header = {"load": [str(file.path), file.format, file.sha256]}
+        header = {"load": [str(file.path), file.format, file.sha256, file.size]}
         limit_s = self._confinement.load_s if self._confinement else LOAD_LIMIT_S
         call = _Call(channel.encode(header, {}), "", self._clock.monotonic(), limit_s)
         self._waiting.append(call)
@@ -323,7 +323,11 @@ class ProcessEngine:
         if "error" in reply:
             raise (RuntimeUnavailable if reply.get("unavailable") else ValueError)(reply["error"])
         self._providers[file.sha256] = reply["provider"]
-        return LoadedModel(file, reply["runtime"], reply["provider"], reply["samples_s"])
+        inputs, outputs = (
+            {name: (dtype, tuple(shape)) for name, (dtype, shape) in reply[which].items()}
+            for which in ("inputs", "outputs")
+        )
+        return LoadedModel(file, reply["runtime"], reply["provider"], reply["samples_s"], inputs, outputs)
 
     def _replied(self, child: _Child, lane: _Lane) -> None:
         if child is self._child:

@@ -48,22 +48,22 @@ class LiteRtRuntime:
         self._not_taken: set[Path] = set()
         self._interpreter, self.name = _import_interpreter()
 
-    def load(self, path: Path) -> ModelRunner:
+    def load(self, path: Path, data: bytes | None = None) -> ModelRunner:
         with CHATTER:
-            return self._load(path)
+            return self._load(path, data)
 
-    def _load(self, path: Path) -> ModelRunner:
+    def _load(self, path: Path, data: bytes | None) -> ModelRunner:
         gpu = self._accelerator == "gpu" or (self._accelerator == "auto" and any(map(_exists, _GPU_NODES)))
         if gpu and path not in self._not_taken:
             try:
-                return CompiledRunner(path, self.name, "gpu")
+                return CompiledRunner(path, self.name, "gpu", data)
             except (ImportError, RuntimeError, ValueError) as error:
                 if self._accelerator == "gpu" and self._strict:
                     raise RuntimeUnavailable(f"LiteRT's GPU accelerator does not take {path.name}: {error}") from None
                 self._not_taken.add(path)  # Another instance of it need not try.
                 why = str(error).partition("\n")[0]
                 log.info("%s runs on the CPU: the GPU accelerator does not take it: %s", path.name, why)
-        return InterpreterRunner(self._interpreter, path, self._threads, self.name)
+        return InterpreterRunner(self._interpreter, path, self._threads, self.name, data)
 
 
 class InterpreterRunner:
@@ -71,9 +71,10 @@ class InterpreterRunner:
 
     reentrant = False
 
-    def __init__(self, interpreter: Any, path: Path, threads: int, library: str) -> None:
+    def __init__(self, interpreter: Any, path: Path, threads: int, library: str, data: bytes | None = None) -> None:
+        model = {"model_path": str(path)} if data is None else {"model_content": data}
         try:
-            loaded = interpreter(model_path=str(path), num_threads=threads)
+            loaded = interpreter(**model, num_threads=threads)
             loaded.allocate_tensors()
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{path.name} is not a usable model: {error}") from None
@@ -107,10 +108,14 @@ class CompiledRunner:
 
     reentrant = False
 
-    def __init__(self, path: Path, library: str, accelerator: Literal["gpu", "cpu"]) -> None:
+    def __init__(self, path: Path, library: str, accelerator: Literal["gpu", "cpu"], data: bytes | None = None) -> None:
         compiled_model = importlib.import_module("ai_edge_litert.compiled_model")
         hardware = importlib.import_module("ai_edge_litert.hardware_accelerator").HardwareAccelerator
-        model = compiled_model.CompiledModel.from_file(str(path), hardware_accel=hardware[accelerator.upper()])
+        made, of = compiled_model.CompiledModel, hardware[accelerator.upper()]
+        self._data = data  # The library reads it for as long as the model lives.
+        model = (
+            made.from_file(str(path), hardware_accel=of) if data is None else made.from_buffer(data, hardware_accel=of)
+        )
         if not model.is_fully_accelerated():
             raise ValueError("some of its operators would stay on the CPU")
         (signature, names), *_ = model.get_signature_list().items()

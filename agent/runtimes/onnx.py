@@ -53,8 +53,8 @@ class OnnxRuntime:
         if not self._providers or (strict and self._providers[0] != self._wanted):
             raise RuntimeUnavailable(f"{self.name} here has no {providers[0]} provider; it has: {', '.join(offered)}")
 
-    def load(self, path: Path) -> ModelRunner:
-        runner = SessionRunner(self._ort, path, self._threads, self._providers, self.name)
+    def load(self, path: Path, data: bytes | None = None) -> ModelRunner:
+        runner = SessionRunner(self._ort, path, self._threads, self._providers, self.name, data)
         if self._wanted is not None and runner.execution_provider != self._wanted:
             raise RuntimeUnavailable(f"{path.name} runs on {runner.execution_provider}, not on {self._wanted}")
         return runner
@@ -67,7 +67,9 @@ class SessionRunner:
     reentrant = True
     """`InferenceSession.run` may be called from several threads, so a model is in memory once."""
 
-    def __init__(self, ort: Any, path: Path, threads: int, providers: Sequence[str], library: str) -> None:
+    def __init__(
+        self, ort: Any, path: Path, threads: int, providers: Sequence[str], library: str, data: bytes | None = None
+    ) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -75,7 +77,9 @@ class SessionRunner:
         options.log_severity_level = _ERRORS_ONLY
         self._errors = _library_errors(ort)
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=list(providers))
+            self._session = ort.InferenceSession(
+                str(path) if data is None else data, options, providers=list(providers)
+            )
         except self._errors as error:
             raise ValueError(f"{path.name} is not a usable model: {error}") from None
         self._session.disable_fallback()

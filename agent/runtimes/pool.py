@@ -10,6 +10,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from agent.runtimes.base import (
 )
 from agent.runtimes.isolated import ProcessEngine
 from agent.runtimes.memory import release_unused
+from agent.runtimes.passed import Passed
 from agent.runtimes.runners import RuntimeOptions
 from agent.runtimes.threads import ThreadEngine
 
@@ -107,7 +109,7 @@ class RuntimePool:
     `settings.isolation` chooses threads of this process or a child process. With threads, and with `trial`, a file is
     first loaded and run in a child process that may die of it; a file that crashes the library is then refused.
     `confinement` is for files of unknown origin: each is looked through, then opened and run in a disposable child
-    process with these limits, and only then loaded, always in a child process.
+    process of its own with these limits, and only then loaded, always in a child process.
     """
 
     def __init__(
@@ -132,10 +134,13 @@ class RuntimePool:
         timeout_s = settings.timeout_ms / 1e3
         options = RuntimeOptions(settings.threads, settings.accelerator, settings.providers, settings.strict_provider)
         self._trial: Callable[[], ProcessEngine] | None = None
+        lasting = None
         if confinement is not None:
             self._trial = lambda: ProcessEngine(options, 1, timeout_s, clock, confinement)
+            lasting = confinement.lasting()
+            self._passed = Passed(confinement.passed, [asdict(options), confinement.memory_mb, confinement.load_s])
         if settings.isolation == "process":
-            self._engine: Engine = ProcessEngine(options, settings.workers, timeout_s, clock)
+            self._engine: Engine = ProcessEngine(options, settings.workers, timeout_s, clock, lasting)
         else:
             self._engine = ThreadEngine(factory or options.runtime, settings.workers, timeout_s, clock)
             if trial and factory is None:
@@ -151,12 +156,12 @@ class RuntimePool:
     async def load_all(self, files: Iterable[ModelFile]) -> dict[str, LoadedModel | RuntimeUnavailable | ValueError]:
         """Load several files, by digest; what one of them lacks does not keep the others out."""
         outcomes: dict[str, LoadedModel | RuntimeUnavailable | ValueError] = {}
-        trial = None if self._trial is None else self._trial()
+        trial = None if self._trial is None or self._confinement is not None else self._trial()
         try:
             for file in files:
                 try:
                     if self._confinement is not None:
-                        await asyncio.to_thread(self._confinement.check, file.path, file.format)
+                        await self._inspect(file, self._confinement)
                     if trial is not None:
                         await trial.load(file)
                     outcomes[file.sha256] = loaded = await self._engine.load(file)
@@ -169,6 +174,19 @@ class RuntimePool:
                 await trial.close()
             release_unused()
         return outcomes
+
+    async def _inspect(self, file: ModelFile, confinement: Confinement) -> None:
+        """Raises `RuntimeUnavailable` or `ValueError` for a file that is not sound, or does not run within the limits.
+        Each has a process of its own: what one of them does there must not speak for the next."""
+        await asyncio.to_thread(lambda: confinement.check(file.path.name, file.read(), file.format))
+        if self._trial is None or self._passed.has(file.sha256):
+            return
+        trial = self._trial()
+        try:
+            await trial.load(file)
+        finally:
+            await trial.close()
+        self._passed.add(file.sha256)
 
     async def run(self, sha256: str, inputs: Tensors, deadline: float) -> RunOutcome:
         """Run the model with that digest by `deadline` (monotonic seconds). Names, dtypes, shapes as in the file.

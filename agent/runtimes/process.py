@@ -1,6 +1,6 @@
 """The runtime process: models run here so that a library that hangs or crashes takes nothing else along.
 
-Started by `isolated.ProcessEngine` as `python -m agent.runtimes.process OPTIONS PARENT MEMORY_MB FD...`. Each inherited
+Started by `isolated.ProcessEngine` as `python -m agent.runtimes.process OPTIONS PARENT LIMITS FD...`. Each inherited
 socket is served by one thread, one request at a time: `{"load": ...}` or `{"run": ...}`, see `channel`.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import resource
 import signal
 import socket
 import sys
@@ -21,18 +20,19 @@ from typing import Any
 from agent.core.types import Tensor
 from agent.runtimes import channel
 from agent.runtimes.base import ModelFile, RuntimeUnavailable
+from agent.runtimes.confine import confine
 from agent.runtimes.litert import CHATTER
 from agent.runtimes.runners import Runners, RuntimeOptions
 
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38  # prctl(2)
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def main(arguments: list[str]) -> None:
     """Serve until the parent is gone."""
-    options, parent, memory_mb, *descriptors = arguments
+    options, parent, limits, *descriptors = arguments
     _die_with(int(parent))
-    if int(memory_mb):
-        _confine(int(memory_mb))
+    if (given := json.loads(limits)) is not None:
+        confine(**given)
     # The terminal's Ctrl-C and systemd's SIGTERM reach the whole group; the daemon decides when this process ends.
     for ignored in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)
@@ -51,16 +51,6 @@ def _die_with(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         sys.exit(0)
-
-
-def _confine(memory_mb: int) -> None:
-    """No more memory of its own than this beyond what it has (RLIMIT_DATA, which Linux counts for private writable
-    mappings too), no new privileges, no core file of what somebody sent."""
-    used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-    most = used + (memory_mb << 20)
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 def _serve(connection: socket.socket, runners: Runners) -> None:
@@ -91,9 +81,15 @@ def _answer(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         if "load" in header:
-            path, format, sha256 = header["load"]
-            loaded = runners.load(ModelFile(Path(path), format, sha256))
-            return {"runtime": loaded.runtime, "provider": loaded.provider, "samples_s": loaded.samples_s}, {}
+            path, format, sha256, size = header["load"]
+            loaded = runners.load(ModelFile(Path(path), format, sha256, size))
+            tensors_of = {"inputs": loaded.inputs, "outputs": loaded.outputs}
+            return {
+                "runtime": loaded.runtime,
+                "provider": loaded.provider,
+                "samples_s": loaded.samples_s,
+                **tensors_of,
+            }, {}
         began = time.monotonic()
         outputs = runners[header["run"]].run(tensors)
         return {"compute_s": time.monotonic() - began}, outputs

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from agent.core.types import Tensor, Tensors
-from agent.runtimes.base import Format, LoadedModel, ModelFile, ModelRunner, Runtime, RuntimeFactory
+from agent.runtimes.base import Described, Format, LoadedModel, ModelFile, ModelRunner, Runtime, RuntimeFactory
 
 FIRST_RUNS = 8
 """Timed runs after loading: enough to choose between inline and pool before the first request."""
@@ -43,15 +43,17 @@ class RunnerSet:
     There are never more than threads that use it. Raises `RuntimeUnavailable` or `ValueError`.
     """
 
-    def __init__(self, runtime: Runtime, file: ModelFile, monotonic: Callable[[], float]) -> None:
+    def __init__(self, runtime: Runtime, file: ModelFile, data: bytes, monotonic: Callable[[], float]) -> None:
         self._runtime = runtime
         self._file = file
         self._monotonic = monotonic
-        first = self._load()
+        first = self._load(data)
         self.provider = first.provider
         self._shared = first if first.reentrant else None
         self._free = deque([first])
-        self.loaded = LoadedModel(file, runtime.name, first.provider, self._first_runs(first))
+        inputs = first.zeros()
+        samples, outputs = self._first_runs(first, inputs)
+        self.loaded = LoadedModel(file, runtime.name, first.provider, samples, _described(inputs), _described(outputs))
 
     def run(self, inputs: Tensors) -> dict[str, Tensor]:
         """Raises what `ModelRunner.run` raises, and `ValueError` if the file is no longer the one recorded."""
@@ -60,7 +62,7 @@ class RunnerSet:
         try:
             runner = self._free.pop()
         except IndexError:
-            runner = self._load()
+            runner = self._load(self._file.read())
         try:
             return runner.run(inputs)
         finally:
@@ -76,15 +78,14 @@ class RunnerSet:
         while self._free:
             self._free.pop().close()
 
-    def _load(self) -> ModelRunner:
-        self._file.verify()
-        return self._runtime.load(self._file.path)
+    def _load(self, data: bytes) -> ModelRunner:
+        return self._runtime.load(self._file.path, data)
 
-    def _first_runs(self, runner: ModelRunner) -> tuple[float, ...]:
-        inputs = runner.zeros()
+    def _first_runs(self, runner: ModelRunner, inputs: Tensors) -> tuple[tuple[float, ...], Tensors]:
+        """Seconds of each, and the outputs."""
         samples: list[float] = []
         try:
-            runner.run(inputs)  # The first run allocates and is not typical.
+            outputs = runner.run(inputs)  # The first run allocates and is not typical.
             began = now = self._monotonic()
             while len(samples) < FIRST_RUNS and now - began < FIRST_RUNS_S:
                 runner.run(inputs)
@@ -92,7 +93,11 @@ class RunnerSet:
                 now += samples[-1]
         except RuntimeError as error:
             raise ValueError(f"{self._file.path.name} loads but does not run: {error}") from None
-        return tuple(samples)
+        return tuple(samples), outputs
+
+
+def _described(tensors: Tensors) -> Described:
+    return {name: (str(value.dtype), tuple(value.shape)) for name, value in tensors.items()}
 
 
 class Runners:
@@ -110,11 +115,11 @@ class Runners:
         with self._loading:
             if (known := self._sets.get(file.sha256)) is not None:
                 return known.loaded
-            file.verify()
+            data = file.read()
             runtime = self._runtimes.get(file.format)
             if runtime is None:
                 runtime = self._runtimes[file.format] = self._factory(file.format)
-            made = self._sets[file.sha256] = RunnerSet(runtime, file, self._monotonic)
+            made = self._sets[file.sha256] = RunnerSet(runtime, file, data, self._monotonic)
             return made.loaded
 
     def __getitem__(self, sha256: str) -> RunnerSet:

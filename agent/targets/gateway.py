@@ -15,7 +15,7 @@ from agent.core.errors import TargetFailed, TargetUnavailable
 from agent.core.types import InferenceRequest, TargetAnswer, Tensor, Tensors, Tier
 from agent.link.backoff import Backoff
 from agent.registry.catalog import Catalog, Family, Variant
-from agent.registry.tensors import from_variant, to_variant
+from agent.registry.tensors import from_variant, misfit, to_variant
 from agent.runtimes.base import Confinement, LoadedModel, ModelFile, RuntimeUnavailable
 from agent.runtimes.pool import RuntimePool
 from agent.targets.base import AVAILABLE, Availability, TargetTraits
@@ -203,15 +203,23 @@ class GatewayTarget:
             if "edge_gpu" in variant.targets
         ]
         fitting = [(family, variant) for family, variant in wanted if variant.bytes <= self._traits.max_bytes]
+        files: dict[str, ModelFile] = {}
+        unsafe: dict[str, ValueError] = {}
         for _, variant in wanted:
             if variant.bytes > self._traits.max_bytes:
                 self._too_large.add(variant.name)
                 self._refused[variant.name] = f"{variant.bytes} bytes, over the limit of {self._traits.max_bytes:.0f}"
-        outcomes = await self._pool.load_all(
-            ModelFile(self._catalog.path(variant), variant.format, variant.sha256) for _, variant in fitting
-        )
+        for _, variant in fitting:
+            try:
+                path = self._catalog.file(variant)
+                files[variant.name] = ModelFile(path, variant.format, variant.sha256, variant.bytes)
+            except ValueError as error:
+                unsafe[variant.name] = error
+        outcomes = await self._pool.load_all(files.values())
         for family, variant in fitting:
-            outcome = outcomes[variant.sha256]
+            outcome = unsafe.get(variant.name) or outcomes[variant.sha256]
+            if isinstance(outcome, LoadedModel) and (fault := misfit(variant, outcome.inputs, outcome.outputs)):
+                outcome = ValueError(fault)
             if isinstance(outcome, LoadedModel):
                 self._plans[variant.name] = _Plan(family, variant)
                 self._runnable[family.name] = (*self._runnable.get(family.name, ()), variant)

@@ -315,7 +315,7 @@ async def test_a_power_cut_in_traffic_ends_every_call_and_the_board_comes_back(
             before = answered()
             await until(partial(answered_more_than, before + 50), 10, "traffic")
             await asyncio.to_thread(board.kill)
-            await until(lambda: not target.availability().available, 5, "noticed")
+            await until(lambda: not target.availability().available, 30, "noticed")
             assert "unplugged" in target.availability().reason
             await asyncio.to_thread(board.start)
             await until(lambda: target.availability().available, 15, "available again")

@@ -40,7 +40,10 @@ def reload(gateway: Gateway, document: Any) -> dict[str, Any]:
     os.kill(gateway.daemon.pid, signal.SIGHUP)
 
     def through() -> dict[str, Any] | None:
-        now = gateway.get("/status")["settings"]
+        try:
+            now = gateway.get("/status")["settings"]
+        except OSError:  # where another port is tried, or the former one is gone back to
+            return None
         return now if (now["applied"], now["refused"]) != (before["applied"], before["refused"]) else None
 
     return wait_until(through, "the reload")

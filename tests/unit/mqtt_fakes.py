@@ -19,6 +19,11 @@ from agent.runtimes.base import LoadedModel, ModelFile, RunOutcome
 SMALL, LARGE = "a" * 64, "b" * 64
 
 
+def floats(count: int) -> tuple[str, tuple[int, ...]]:
+    """A tensor of one row, as a load describes it."""
+    return "float32", (1, count)
+
+
 def _variant(sha256: str, accuracy: float, targets: Sequence[str] = ("cloud",)) -> dict[str, Any]:
     return {
         "path": "none.onnx",
@@ -79,7 +84,7 @@ class FakePool:
 
     async def load_all(self, files: Sequence[ModelFile]) -> Mapping[str, LoadedModel | Exception]:
         return {
-            file.sha256: LoadedModel(file, "fake 1", "fake/cpu", (0.001,))
+            file.sha256: LoadedModel(file, "fake 1", "fake/cpu", (0.001,), {"in": floats(4)}, {"out": floats(2)})
             if file.sha256 in self.served
             else ValueError("not here")
             for file in files

@@ -54,7 +54,7 @@ async def test_requests_at_the_same_time_do_not_overshoot_together(
     house.cloud.traits = FakeTarget(Tier.CLOUD_GPU, cost_usd=COST_USD, max_concurrent=1000).traits
     house.router = Router([house.cloud], RoutingSection(), clock, budgets=house.budget)
     house.cloud.behaviour = slow
-    requests = [make_request(clock, id=f"r{n}", latency_class=latency_class) for n in range(50)]
+    requests = [make_request(clock, 60_000, id=f"r{n}", latency_class=latency_class) for n in range(50)]
     results = await asyncio.gather(*(house.router.run(request, family) for request in requests), return_exceptions=True)
     assert len(house.cloud.asked) == 5
     assert sum(isinstance(result, NoAnswer) for result in results) == 45

@@ -142,7 +142,7 @@ TWICE = [{"name": n, "maps": "window", "dtype": "float32", "shape": [1, 4]} for 
         (bent("variants.small.sha256", "0" * 64), "small.sha256: the file toy/edge_mcu.tflite is not the one recorded"),
         (bent("variants.small.bytes", 5), "small.bytes: the file toy/edge_mcu.tflite has 19 bytes, 5 are recorded"),
         (bent("variants.small.path", "toy/none.tflite"), "small.path: cannot be read: No such file"),
-        (bent("variants.small.path", "toy"), "small.path: cannot be read: Is a directory"),
+        (bent("variants.small.path", "toy"), "small.path: is no plain file: 'toy'"),
         (bent("variants.small.path", "../x.tflite"), "small.path: must stay below the catalogue's folder"),
         (bent("variants.small.path", "/etc/passwd"), "small.path: must stay below the catalogue's folder"),
         (bent("variants.small.path", "toy/\0"), "small.path: must stay below the catalogue's folder"),
@@ -185,6 +185,17 @@ def test_refused_with_its_place(folder: Folder, change: Any, expected: str) -> N
 def test_files_are_not_looked_at_where_that_is_not_wanted(folder: Folder) -> None:
     folder.variants["small"]["path"] = "toy/none.tflite"
     assert folder.load(verify=False).family("toy").variants["small"].path == "toy/none.tflite"
+
+
+def test_one_whole_file_is_enough_where_that_is_said(folder: Folder) -> None:
+    first, *others = folder.variants.values()
+    for variant in others:
+        (folder.root / variant["path"]).write_bytes(b"damaged")
+    assert folder.load(any_file=True).family("toy")
+    (folder.root / first["path"]).unlink()
+    with pytest.raises(ConfigError) as caught:
+        folder.load(any_file=True)
+    assert len(caught.value.problems) == 3
 
 
 def test_every_damaged_file_gets_its_line(folder: Folder) -> None:

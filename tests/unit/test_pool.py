@@ -46,7 +46,7 @@ class Scripted:
     def __call__(self, format: Format) -> Scripted:
         return self
 
-    def load(self, path: Path) -> Scripted:
+    def load(self, path: Path, data: bytes | None = None) -> Scripted:
         self.instances += 1
         return self
 

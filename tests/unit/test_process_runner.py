@@ -279,13 +279,13 @@ def test_it_ends_quietly_when_the_parent_leaves_while_it_loads(tmp_path: Path) -
     os.mkfifo(fifo)
     ours, theirs = socket.socketpair()
     with subprocess.Popen(
-        [sys.executable, "-m", "agent.runtimes.process", "{}", str(os.getpid()), "0", str(theirs.fileno())],
+        [sys.executable, "-m", "agent.runtimes.process", "{}", str(os.getpid()), "null", str(theirs.fileno())],
         pass_fds=[theirs.fileno()],
         stderr=subprocess.PIPE,
         cwd=ROOT,
     ) as process:
         theirs.close()
-        ours.sendall(channel.encode({"load": [str(fifo), "tflite", "0" * 64]}, {}))
+        ours.sendall(channel.encode({"load": [str(fifo), "tflite", "0" * 64, None]}, {}))
         with fifo.open("wb"):  # Returns when the child has opened the other end.
             ours.close()
         _, said = process.communicate(timeout=SOON_S)

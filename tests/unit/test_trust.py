@@ -143,3 +143,16 @@ def test_a_catalogue_whose_files_are_not_there_is_not_signed(tmp_path: Path, cat
     next(catalog.parent.glob("*/*.onnx")).unlink()
     assert main(["models", "sign-catalog", "--catalog", str(catalog), "--key", str(tmp_path / "key")]) == 2
     assert not signature_path(catalog).exists()
+
+
+def test_a_worker_refuses_an_earlier_one_as_well(
+    tmp_path: Path, catalog: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tmp_path / "state"
+    sign(catalog, 5)
+    keep_counter(trust_of(catalog, TRUSTED, state), state)
+    sign(catalog, 4)
+    words = ["worker", "--broker", "mqtt://127.0.0.1:1", "--catalog", str(catalog), "--trusted-key", TRUSTED[0]]
+    assert main([*words, "--state-dir", str(state)]) == 2
+    said = capsys.readouterr().err
+    assert "its counter 4 is below 5" in said and "sign-catalog" in said and "--allow-unsigned" in said

@@ -12,6 +12,7 @@ MAY_ASK = {
     "agent/app.py": "budgets over a reboot",
     "agent/build.py": "when a trace began",
     "agent/core/clock.py": "the clock itself",
+    "agent/core/component.py": "for people: since when a component is as it is",
     "agent/durable/asker.py": "for people: when an answer was given",
     "agent/durable/desk.py": "for people: when an answer was given",
     "agent/ingress/streams.py": "for people: when a board sampled",
