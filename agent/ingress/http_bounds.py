@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from agent.core.errors import InferenceError, InvalidRequest, Overloaded
 from agent.security.access import is_loopback, network
@@ -18,8 +18,6 @@ from agent.security.access import is_loopback, network
 HEAD_S = 10.0
 """From the first byte of a connection, or the first of a further request on it, to the end of the headers."""
 MAX_HEAD_BYTES = 64 << 10
-LAST_WORD_S = 0.25
-"""For the first request on a connection that was accepted before the door closed."""
 
 Refused = Callable[[InferenceError, str], None]
 """Called with what was refused, and the address."""
@@ -55,7 +53,6 @@ class Bounded(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _counted = ""
-    _closing = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -85,8 +82,6 @@ class Bounded(HttpToolsProtocol):
         super().data_received(data)
         if self.cycle is not before:  # a head has ended, in most cases the only one and whole
             self._head_done()
-            if self._closing:
-                super().shutdown()  # after this answer
             return
         if self._head_timer is None:
             if before is not None and not before.response_complete:
@@ -95,23 +90,6 @@ class Bounded(HttpToolsProtocol):
         self._head_bytes += len(data)
         if self._head_bytes > MAX_HEAD_BYTES:
             self._end(HeadTooLarge(f"headers of more than {MAX_HEAD_BYTES} bytes"))
-
-    def shutdown(self) -> None:
-        """The server stops. uvicorn would cut off who was accepted and whose request is still on its way here."""
-        if self._has_asked() or self.transport.is_closing():
-            super().shutdown()
-            return
-        self._closing = True
-        self.loop.call_later(LAST_WORD_S, self._was_silent)
-
-    def _was_silent(self) -> None:
-        if not self._has_asked():
-            self.transport.close()
-
-    def _has_asked(self) -> bool:
-        """Whether a head has ended, ever. uvicorn declares that there always is a cycle."""
-        cycle: RequestResponseCycle | None = self.cycle
-        return cycle is not None
 
     def _await_head(self) -> None:
         self._head_bytes = 0

@@ -218,24 +218,6 @@ async def test_stopping_lets_requests_finish(app: FastAPI, core: FakeCore) -> No
     writer.close()
 
 
-async def test_who_was_accepted_before_the_door_closed_is_answered(
-    app: FastAPI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Though the request is read only after it."""
-    monkeypatch.setattr("agent.ingress.http_bounds.LAST_WORD_S", DEADLINE_S)
-    server = HttpServer(app, HttpSection(port=0))
-    reader, writer = await asyncio.open_connection("127.0.0.1", await server.start())
-    async with asyncio.timeout(DEADLINE_S):
-        await until(lambda: server.connections == 1)
-        (connection,) = server._server.server_state.connections
-        stopping = asyncio.create_task(server.stop(10))
-        await until(lambda: connection._closing)
-        writer.write(post())
-        assert (await read_response(reader))[0] == 200
-        await stopping
-    writer.close()
-
-
 async def test_stopping_has_a_limit(app: FastAPI, core: FakeCore) -> None:
     asked, cancelled = asyncio.Event(), asyncio.Event()
 
