@@ -27,6 +27,7 @@ OTHER_VARIABLES = frozenset(
 )
 """Variables of the scripts and tests, which are no settings."""
 MAX_CONFIG_BYTES = 1_000_000
+MAX_INDEX_DIGITS = 9
 MAX_DEPTH = 16
 """No key of the tree lies deeper than five levels."""
 _REFERENCE = re.compile(r"\$\{(credential:)?([A-Za-z0-9_.-]{1,100})\}")
@@ -259,8 +260,8 @@ def _set(tree: dict[str, Any], keys: At, value: Any, variable: str) -> None:
     for position, key in enumerate(keys):
         last = position == len(keys) - 1
         if isinstance(node, list):
-            if not key.isdecimal() or int(key) >= len(node):
-                raise ConfigError([f"{variable}: {'.'.join(keys[:position])} has no item {key!r}"])
+            if not key.isdecimal() or len(key) > MAX_INDEX_DIGITS or int(key) >= len(node):
+                raise ConfigError([f"{variable}: {'.'.join(keys[:position])} has no item {key[:32]!r}"])
             index: Any = int(key)
         elif isinstance(node, dict):
             index = key
@@ -313,7 +314,7 @@ def _lookup(name: str, *, credential: bool, environ: Mapping[str, str]) -> str |
 
 def _origin(fault: Any, name: str, variables: Mapping[At, str]) -> str:
     """The file, or the variable that set the key, something around it or something within it."""
-    at = tuple(str(part).lower() for part in fault["loc"])
+    at = tuple(str(part).lower() for part in fault["loc"] if part != "[key]")  # of a key that may not be one
     for keys, variable in variables.items():
         if at[: len(keys)] == keys or (at and keys[: len(at)] == at):
             return variable

@@ -63,10 +63,6 @@ class Service:
         except (ConfigError, LinkError) as error:
             log.error("cannot start", extra={"reason": str(error)})
             return 2 if isinstance(error, ConfigError) else 1
-        except Exception as defect:
-            log.critical("cannot start", extra={"reason": f"{type(defect).__name__}: {defect}"})
-            log.debug("where", exc_info=True)
-            return 1
         self._notifier.ready("serving")
         names = [target.traits.name for target in app.targets]
         log.info("ready", extra={"gateway": settings.config.gateway.id, "targets": names})

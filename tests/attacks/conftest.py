@@ -33,6 +33,8 @@ def fort(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fort]:
             fort = Fort(stage, authority, broker.port)
             fort.start()
             yield fort
+            fort.records()
+            fort.nothing_private()  # whatever was attacked, and how
         finally:
             broker.kill()
 

@@ -159,6 +159,28 @@ class Fort:
             if path.is_file() and not kept & set(path.suffixes):
                 yield path, path.read_bytes()
 
+    def broker_lines(self, text: str) -> list[str]:
+        lines = (self.stage.folder / "mosquitto.log").read_text(errors="replace").splitlines()
+        return [line for line in lines if text in line]
+
+    def nothing_private(self, **also: str) -> None:
+        """No secret, no payload and no name of a patient is in anything that was written. `also`: what to look for
+        besides."""
+        needles = {
+            **{f"token of {name}": token.removeprefix("ea_") for name, token in SECRETS.items()},
+            "the secret of tokens": HS_SECRET,
+            "the payload": str(PAYLOAD)[:7],
+            "the patient": PATIENT,
+            "a private key": "PRIVATE KEY",
+            **also,
+        }
+        looked_at = {path.name for path, _ in self.written()}
+        assert {"daemon.log", "mosquitto.log"} <= looked_at
+        assert len(looked_at) >= 3
+        for path, data in self.written():
+            for what, needle in needles.items():
+                assert needle.encode() not in data, f"{what} is in {path}"
+
     @staticmethod
     def until(condition: Callable[[], object], what: str) -> None:
         end = time.monotonic() + LIMIT_S

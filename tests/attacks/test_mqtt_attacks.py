@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fort import DIGIT, Fort
+from fort import DIGIT, PATIENT, Fort
 
 from agent.link.mqtt import LinkOptions, Message, MessageProperties, MqttLink
 from tests.brokers import until
@@ -121,10 +121,13 @@ async def test_wrong_certificates(fort: Fort, tmp_path: Path, kind: str) -> None
         "of another authority": lambda: Authority(tmp_path).sign(name, client=True),
     }[kind]()
     stranger = Device(fort, name, pair)
+    before = len(fort.broker_lines("OpenSSL Error"))
     await stranger.link.start()
     await until(lambda: stranger.link.state.permanent, WAIT_S, "it is refused for good")
     await stranger.link.stop()
     assert fort.records(who=f"mqtt:{name}") == [], "it does not get as far as the daemon"
+    fort.until(lambda: len(fort.broker_lines("OpenSSL Error")) > before, "the broker says why")
+    assert len(fort.broker_lines("OpenSSL Error")) == before + 1, fort.broker_lines("OpenSSL Error")[before:]
 
 
 PAYLOADS = {
@@ -189,3 +192,39 @@ async def test_a_replayed_request_is_answered_once(device: Device, fort: Fort) -
     assert "same idempotency key" in again["reasons"][0]
     outcomes = [record["outcome"] for record in fort.records(kind="request", producer=device.name)]
     assert outcomes == ["ok", "cached"]
+
+
+async def test_a_flood_of_one_device_beside_a_polite_one(device: Device, fort: Fort) -> None:
+    """More at once than its rate: refused by name, told of a few times, and everybody else is answered in time."""
+    back = MessageProperties("application/json", response_topic=f"clients/{device.name}/answers")
+    loud = fort.authority.sign("loud", client=True)
+    flood = Device(fort, "loud", loud)
+    await flood.connect()
+    try:
+        asked = MessageProperties("application/json", response_topic="clients/loud/answers")
+        for _ in range(40):
+            await flood.link.publish_acknowledged("edge/fort/infer/digits/loud", QUESTION, properties=asked)
+        await device.link.publish_acknowledged(f"edge/fort/infer/digits/{device.name}", QUESTION, properties=back)
+        assert (await device.answer())["deadline_met"]
+        await until(lambda: len(flood.answers) == 40, WAIT_S, "an answer to each")
+    finally:
+        await flood.link.stop()
+    codes = [json.loads(answer.payload).get("error", {}).get("code", "ok") for answer in flood.answers]
+    assert set(codes) == {"ok", "rate_limited"}
+    assert codes.count("ok") <= 5 + 0.5 * WAIT_S
+    assert len(fort.records(kind="refusal", who="mqtt:loud")) == 5
+    assert len(fort.events('"who":"mqtt:loud"')) == 5
+
+
+async def test_no_secret_and_no_payload_is_in_any_log(device: Device, fort: Fort) -> None:
+    """After readings and questions that were answered and refused, for once and for good, with a patient's name."""
+    named = {"inputs": DIGIT, "metadata": {"patient": PATIENT}}
+    await device.ask(json.dumps(named).encode())
+    await device.ask(json.dumps({**named, "inputs": DIGIT[:-1]}).encode())
+    await device.ask(json.dumps({**named, "idempotency_key": "kept"}).encode(), kind="durable")
+    await device.answer()
+    await device.ask(json.dumps({**named, "priority": PATIENT}).encode(), kind="durable")
+    await device.link.publish_acknowledged(f"sensors/{device.name}", json.dumps([PATIENT, *DIGIT]).encode())
+    await device.answer()
+    fort.records()
+    fort.nothing_private()

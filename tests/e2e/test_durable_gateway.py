@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway import GATEWAY, Client, Gateway, wait_until
+from gateway import GATEWAY, LIMIT_S, Client, Gateway, wait_until
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from hil.processes import Stage
 
+DRAIN_S = 5.0
+"""`gateway.drain_timeout_s`, by default."""
 SETTINGS = {"enabled": True, "retry_max_s": 1, "commit_wait_ms": 5}
 
 
@@ -147,6 +152,57 @@ def test_nothing_accepted_is_lost_when_the_daemon_is_killed(durable: Gateway) ->
     order = [document["request_id"] for document in receiver.seen().values() if document.get("sensor") == "kept"]
     assert order == [f"r{life}-{number}" for life in range(4) for number in range(30)]
     receiver.client.close()
+
+
+def test_sigterm_under_load_loses_nothing_that_was_accepted(durable: Gateway) -> None:
+    """Callers at every door when the daemon is told to stop. Whose request it read gets an answer or a described
+    refusal; whoever was told `accepted` gets the result after the restart. Its trail says which requests it read."""
+    assert durable.daemon.terminate() == 0
+    durable.daemon = durable.stage.daemon(configuration(durable) | {"security": {"audit": {"enabled": True}}})
+    wait_until(durable.complete, "every tier available")
+    receiver = Receiver(durable.local_port, f"edge/{GATEWAY}/results/durable/digits")
+    told: dict[str, tuple[int, dict[str, Any]]] = {}
+    closed: list[str] = []
+
+    def call(name: str, **changes: Any) -> None:
+        for number in itertools.count():
+            request_id = f"{name}-{number}"
+            try:
+                told[request_id] = durable.infer(**ask(durable, request_id, **changes))
+            except (OSError, HTTPException):
+                closed.append(request_id)
+                return
+
+    near = {"latency_class": "interactive", "use_cache": False}
+    callers = [threading.Thread(target=call, args=(f"near{n}",), kwargs=near) for n in range(4)]
+    callers += [threading.Thread(target=call, args=(f"kept{n}",), kwargs={"delivery": "durable"}) for n in range(2)]
+    for caller in callers:
+        caller.start()
+    published = [f"sent-{number}" for number in range(40)]
+    for request_id in published:
+        receiver.client.publish(f"edge/{GATEWAY}/durable/digits", json.dumps(ask(durable, request_id)))
+    wait_until(lambda: len(told) > 100, "traffic")
+    assert durable.daemon.terminate(DRAIN_S + LIMIT_S) == 0
+    for caller in callers:
+        caller.join()
+    assert len(closed) == len(callers), "each went on until the door was closed"
+    assert {code for code, _ in told.values()} <= {200, 202, 503}
+    assert all(answer["error"]["message"] for code, answer in told.values() if code == 503)
+    trail = [json.loads(line) for path in sorted(audit_folder(durable).glob("*.jsonl")) for line in path.open()]
+    read = {line["request_id"] for line in trail if line["kind"] == "request" or line.get("what") == "accept"}
+    assert len(read & told.keys()) > 100
+    assert not read & set(closed)
+    accepted = {request_id for request_id, (code, _) in told.items() if code == 202}
+    assert accepted
+    restart(durable)
+    wait_until(lambda: set(receiver.by_request()) >= accepted | set(published), "every result")
+    wait_until(lambda: not outbox(durable)["rows"], "an empty outbox")
+    assert set(receiver.by_request().values()) == {1}
+    receiver.client.close()
+
+
+def audit_folder(gateway: Gateway) -> Path:
+    return gateway.stage.folder / "state" / "audit"
 
 
 def test_asked_when_the_lane_is_back(durable: Gateway) -> None:

@@ -9,19 +9,23 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-LONG = "FUZZ_EXAMPLES" in os.environ
-"""More examples, others each time; without it the same few."""
+LONG = "FUZZ_TIMES" in os.environ
+"""So many times the examples, others each time; without it the same few."""
+TIMES = int(os.environ.get("FUZZ_TIMES", "1"))
 
-FEW = settings(
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "6")),
-    deadline=None,
-    derandomize=not LONG,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-MANY = settings(FEW, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "300")))
-SOME = settings(FEW, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "40")))
-"""Of what takes a tenth of a second."""
+
+def _examples(count: int) -> settings:
+    return settings(
+        max_examples=count * TIMES,
+        deadline=None,
+        derandomize=not LONG,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+MANY, HUNDRED, SOME, FEW = _examples(300), _examples(100), _examples(40), _examples(6)
+"""Of what takes a millisecond, ten, a hundred, and of what takes a broker and a batch of payloads."""
 BATCH = 40
 """Payloads of one example that goes through a broker."""
 
@@ -44,13 +48,15 @@ FIELDS = (
     "delivery",
     "value",
 )
+CANARY = "what-a-patient-measured"
+"""A value that stands for what no log may hold."""
 SCALARS = (
     st.none()
     | st.booleans()
     | st.integers(-(2**70), 2**70)
     | st.floats()
     | st.text(max_size=40)
-    | st.sampled_from(["", "NaN", "1e999", "../..", "\x00", "digits", "realtime", "x" * 5000])
+    | st.sampled_from(["", "NaN", "1e999", "../..", "\x00", "digits", "realtime", "x" * 5000, CANARY])
 )
 VALUES = st.recursive(
     SCALARS,
@@ -61,11 +67,34 @@ SAMPLE = [[[float(row + column) % 17] for column in range(8)] for row in range(8
 """Fits `digits`."""
 
 
-def _document(changes: dict[str, Any]) -> bytes:
-    return json.dumps({"inputs": [SAMPLE], **changes}).encode()
+def _nearly(inputs: Any) -> st.SearchStrategy[bytes]:
+    changes = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4)
+    return changes.map(lambda change: json.dumps({"inputs": inputs, **change}).encode())
 
 
-NEARLY = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4).map(_document)
-CUT = st.tuples(NEARLY, st.integers(0, 200)).map(lambda cut: cut[0][: cut[1]])
+def around(inputs: Any) -> st.SearchStrategy[bytes]:
+    """Payloads around a document that fits a model which takes `inputs`."""
+    nearly = _nearly(inputs)
+    cut = st.tuples(nearly, st.integers(0, 200)).map(lambda made: made[0][: made[1]])
+    anything = VALUES.map(lambda value: json.dumps(value).encode())
+    return st.binary(max_size=300) | nearly | cut | DEEP | anything
+
+
 DEEP = st.integers(1, 5000).map(lambda depth: b"[" * depth)
-PAYLOADS = st.binary(max_size=300) | NEARLY | CUT | DEEP | VALUES.map(lambda value: json.dumps(value).encode())
+PAYLOADS = around([SAMPLE])
+"""Bytes of every kind, documents that nearly fit `digits`, parts of them, depth without end, any JSON."""
+
+
+def damaged(sound: bytes) -> st.SearchStrategy[bytes]:
+    """A sound message with some bytes changed, with more bytes behind it, or cut."""
+    change = st.tuples(st.integers(0, len(sound) - 1), st.integers(0, 255))
+    return st.tuples(st.lists(change, max_size=4), st.integers(0, len(sound)), st.binary(max_size=8)).map(
+        lambda made: _changed(sound, *made)
+    )
+
+
+def _changed(sound: bytes, changes: list[tuple[int, int]], cut: int, tail: bytes) -> bytes:
+    made = bytearray(sound)
+    for at, value in changes:
+        made[at] = value
+    return bytes(made) + tail if cut % 2 else bytes(made[: len(made) - cut // 2])

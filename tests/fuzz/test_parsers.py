@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,11 @@ def changes_of(path: Path) -> tuple[Any, st.SearchStrategy[Any]]:
     return document, st.lists(change, min_size=1, max_size=4)
 
 
+def _written(document: Any) -> bytes:
+    return yaml.safe_dump(document, allow_unicode=True).encode()
+
+
+DEFAULTS = load_config(None, {})
 CONFIG, CONFIG_CHANGES = changes_of(ROOT / "systemd" / "edge-agent.yaml")
 CATALOG, CATALOG_CHANGES = changes_of(catalog_path(None))
 
@@ -115,10 +121,71 @@ def test_catalogues_that_are_nearly_right(folder: Path, changes: list[tuple[tupl
         assert error.problems and all(problem.startswith(str(path)) for problem in error.problems)
 
 
+DOCUMENTS = st.binary(max_size=400) | st.text(max_size=200).map(str.encode) | VALUES.map(_written)
+"""Bytes, text that YAML may have a use for, and any document at all."""
+
+
 @MANY
-@given(st.binary(max_size=400))
-def test_bytes_that_are_no_catalogue(folder: Path, data: bytes) -> None:
-    path = folder / "bytes.yaml"
+@given(DOCUMENTS)
+def test_what_is_no_catalogue(folder: Path, data: bytes) -> None:
+    path = folder / "other.yaml"
     path.write_bytes(data)
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError) as caught:
         load_catalog(path)
+    assert all(problem.startswith(str(path)) for problem in caught.value.problems)
+
+
+@MANY
+@given(DOCUMENTS)
+def test_what_may_be_a_configuration(folder: Path, data: bytes) -> None:
+    """An empty one is: all defaults."""
+    path = folder / "other.yaml"
+    path.write_bytes(data)
+    try:
+        config = load_config(path, {})
+    except ConfigError as error:
+        assert error.problems and all(problem.startswith(str(path)) for problem in error.problems)
+    else:
+        assert config == DEFAULTS
+
+
+VARIABLES = st.builds(
+    "EDGE_AGENT__{}__{}".format,
+    st.sampled_from([key.upper() for key in CONFIG]) | st.text("AZ_09", max_size=6),
+    st.sampled_from(["ENABLED", "PORT", "LANES", "LANES__0", "TOKENS", "BROKER"]) | st.text("AZ_09", max_size=6),
+)
+SETTINGS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=40)
+"""What the environment can hold."""
+
+
+@MANY
+@given(st.dictionaries(VARIABLES, SETTINGS | VALUES.map(lambda value: _written(value).decode()), max_size=3))
+def test_variables(environ: dict[str, str]) -> None:
+    try:
+        load_config(None, environ)
+    except ConfigError as error:
+        # What a variable did not set, and should have, is told by its key alone.
+        assert error.problems
+        assert all(problem.startswith(("EDGE_AGENT__", "environment: ")) for problem in error.problems)
+
+
+NESTED = {
+    "brackets": b"[" * 900_000,
+    "braces": b"{a: " * 220_000,
+    "dashes": b"- " * 450_000,
+    "keys": b"? " * 450_000,
+    "aliases": b"a: &a [x, x]\n" + b"b: [*a, *a]\n",
+    "one long word": b"x" * 990_000,
+    "too large": b"# \n" * 400_000,
+}
+
+
+@pytest.mark.parametrize("data", NESTED.values(), ids=NESTED)
+def test_documents_made_to_take_all_the_memory(folder: Path, data: bytes) -> None:
+    path = folder / "bomb.yaml"
+    path.write_bytes(data)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for load in (load_config, load_catalog):
+        with pytest.raises(ConfigError):
+            load(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 128 << 10, "KiB, at the most so far"

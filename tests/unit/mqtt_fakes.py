@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ import numpy as np
 
 from agent.config import RoutingSection
 from agent.core.clock import SystemClock
+from agent.core.errors import InferenceError
 from agent.core.types import InferenceRequest, InferenceResult, LatencyClass, Tensors, Tier
+from agent.durable.records import Return
+from agent.link.mqtt import Message, MessageProperties
 from agent.registry.catalog import Catalog, Variant
 from agent.routing.admission import Admission
 from agent.runtimes.base import LoadedModel, ModelFile, RunOutcome
+from agent.store.outbox import Receipt
 
 SMALL, LARGE = "a" * 64, "b" * 64
 
@@ -170,6 +175,36 @@ class FakeCore:
 
     def status(self) -> Mapping[str, Any]:
         return {"targets": [{"name": "gateway", "tier": "edge_gpu", "available": True, "reason": ""}]}
+
+
+class FakeLink:
+    """Keeps what is subscribed to and published."""
+
+    def __init__(self) -> None:
+        self.callbacks: dict[str, Callable[[Message], None]] = {}
+        self.published: list[tuple[str, str, dict[str, Any]]] = []
+
+    def on_state(self, listener: object) -> None:
+        pass
+
+    async def subscribe(self, topic: str, callback: Callable[[Message], None], **_: Any) -> None:
+        self.callbacks[topic] = callback
+
+    def publish(self, topic: str, payload: bytes, *, properties: MessageProperties) -> None:
+        self.published.append((topic, properties.get("status") or "", json.loads(payload)))
+
+
+class FakeDesk:
+    def __init__(self) -> None:
+        self.link = FakeLink()
+        self.accepted: list[InferenceRequest] = []
+        self.fault: InferenceError | None = None
+
+    async def accept(self, request: InferenceRequest, back: Return, key: str | None, *, repeat: bool) -> Receipt:
+        if self.fault is not None:
+            raise self.fault
+        self.accepted.append(request)
+        return Receipt((len(self.accepted),), f"id{len(self.accepted)}")
 
 
 ROOT = Path(__file__).resolve().parents[2]

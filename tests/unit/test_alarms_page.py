@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,16 +59,45 @@ def test_every_alarm_topic_is_named() -> None:
     assert all(topic in ALARMS for topic in topics)
 
 
-def test_every_error_in_the_log_is_explained_somewhere() -> None:
-    """In what operators read: what is an error needs somebody."""
-    pages = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
-    missing = []
+LEVELS = ("warning", "error", "critical", "exception", "log")
+
+
+def events() -> Iterator[tuple[str, str]]:
+    """Where something is logged that is more than information, and what: the text up to its first variable part."""
     for path in SOURCES:
-        for found in re.finditer(r'log\.(?:error|critical)\(\s*f?"([^"%{]+)', path.read_text()):
-            words = found.group(1).strip(" :")
-            if words not in pages:
-                missing.append(f"{path.name}: {words}")
-    assert not missing
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(func=ast.Attribute(ast.Name("log" | "_log"), level)) if level in LEVELS:
+                    match node.args[level == "log"]:
+                        case ast.Constant(str(text)) | ast.JoinedStr([ast.Constant(str(text)), *_]):
+                            yield path.name, re.split(r"[:]? ?%", text)[0].strip()
+                        case other:
+                            raise AssertionError(f"{path.name}: an event without a name: {ast.unparse(other)}")
+
+
+def test_every_warning_and_error_is_explained() -> None:
+    """Among the alarms: whoever reads one in the log finds what it means and what to do."""
+    found = set(events())
+    assert len(found) > 50
+    assert {("serve.py", "cannot start"), ("certificates.py", "certificate needs renewal")} <= found
+    assert not {(file, text) for file, text in found if f"`{text}" not in ALARMS}
+
+
+def test_every_reason_why_a_tier_cannot_be_asked_is_explained() -> None:
+    reasons = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(func=ast.Name("Availability"), args=[ast.Constant(False), why, *_]):
+                    reasons |= {text for text in texts(why) if len(text) > 8}
+    assert len(reasons) >= 6, reasons
+    assert not {text for text in reasons if text not in ALARMS}
+
+
+def texts(node: ast.AST) -> set[str]:
+    """The constant parts of an expression."""
+    parts = (one.value for one in ast.walk(node) if isinstance(one, ast.Constant) and isinstance(one.value, str))
+    return {part.strip(" :;") for part in parts}
 
 
 def test_every_metric_of_the_rules_is_in_the_table() -> None:

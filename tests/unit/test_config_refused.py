@@ -360,3 +360,16 @@ def test_notes_of_a_board_that_is_not_there_and_of_a_burst_of_one(tmp_path: Path
         "budgets.requests_per_minute: 4 with budgets.burst 0.25 let one through at once, and the next after 15 s"
     )
     assert cautions(load(tmp_path, f"{state}\nbudgets: {{requests_per_minute: 4, burst: 1}}")) == []
+
+
+@pytest.mark.parametrize("variable", ["EDGE_AGENT__PRODUCERS____", "EDGE_AGENT__PRODUCERS__-X__RATE"])
+def test_a_variable_is_named_for_a_name_that_may_not_be_one(variable: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {variable: ""})
+    assert all(problem.startswith(f"{variable}: producers.") for problem in caught.value.problems)
+
+
+def test_an_index_of_more_digits_than_python_reads() -> None:
+    index = "9" * 5000
+    with pytest.raises(ConfigError, match=r"has no item '9{32}'$"):
+        load_config(None, {"EDGE_AGENT__CLOUD__LANES": "[{}]", f"EDGE_AGENT__CLOUD__LANES__{index}": ""})

@@ -4,56 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from mqtt_fakes import FakeCore
+from mqtt_fakes import FakeCore, FakeDesk
 
 from agent.config import LimitsSection, MqttSection, ProducerSection, RateSection, SecuritySection, SensorSection
 from agent.core.clock import ManualClock
-from agent.core.errors import AuditUnavailable, InferenceError
-from agent.core.types import InferenceRequest
-from agent.durable.records import Return
+from agent.core.errors import AuditUnavailable
 from agent.ingress.durable import DurableDoor
 from agent.link.mqtt import Message, MessageProperties
 from agent.security.access import Guard
-from agent.store.outbox import Receipt
 from agent.telemetry.metrics import Metrics
 from tests.brokers import until
 
 READING = json.dumps([1, 2, 3, 4]).encode()
 QUESTION = json.dumps({"inputs": [1, 2, 3, 4]}).encode()
-
-
-class FakeLink:
-    """Keeps what is subscribed to and published."""
-
-    def __init__(self) -> None:
-        self.callbacks: dict[str, Callable[[Message], None]] = {}
-        self.published: list[tuple[str, str, dict[str, Any]]] = []
-
-    def on_state(self, listener: object) -> None:
-        pass
-
-    async def subscribe(self, topic: str, callback: Callable[[Message], None], **_: Any) -> None:
-        self.callbacks[topic] = callback
-
-    def publish(self, topic: str, payload: bytes, *, properties: MessageProperties) -> None:
-        self.published.append((topic, properties.get("status") or "", json.loads(payload)))
-
-
-class FakeDesk:
-    def __init__(self) -> None:
-        self.link = FakeLink()
-        self.accepted: list[InferenceRequest] = []
-        self.fault: InferenceError | None = None
-
-    async def accept(self, request: InferenceRequest, back: Return, key: str | None, *, repeat: bool) -> Receipt:
-        if self.fault is not None:
-            raise self.fault
-        self.accepted.append(request)
-        return Receipt((len(self.accepted),), f"id{len(self.accepted)}")
 
 
 class Rig:

@@ -1,0 +1,74 @@
+"""The daemon as a process: with what code it ends, and what its last words are."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from agent import supervisor
+from agent.ingress.http_server import HttpServer
+from agent.serve import Service
+from agent.settings import load_settings
+from agent.supervisor import CORE_FAILURES
+
+PATIENCE_S = 60.0
+
+
+async def serve(folder: Path, port: int = 0) -> int:
+    path = folder / "gateway.yaml"
+    document = {"gateway": {"state_dir": str(folder / "state")}, "edge_mcu": {"enabled": False}, "http": {"port": port}}
+    path.write_text(yaml.safe_dump(document | {"mqtt": {"enabled": False}}))
+    async with asyncio.timeout(PATIENCE_S):
+        return await Service(path).serve(load_settings(path))
+
+
+def last_words(caplog: pytest.LogCaptureFixture) -> logging.LogRecord:
+    """Of those that need somebody."""
+    return [record for record in caplog.records if record.levelno >= logging.ERROR][-1]
+
+
+async def test_a_broken_core_ends_it_with_a_code_and_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries = 0
+
+    async def keep(self: HttpServer, serving: Callable[[], None]) -> None:
+        nonlocal tries
+        tries += 1
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(HttpServer, "keep", keep)
+    monkeypatch.setattr(supervisor, "RESTART_INITIAL_S", 0.001)
+    assert await serve(tmp_path) == 1
+    assert tries >= CORE_FAILURES
+    said = last_words(caplog)
+    assert said.levelname == "CRITICAL"
+    assert vars(said)["reason"] == "http door failed 5 times in a row: OSError: too many open files"
+
+
+async def test_a_port_that_is_taken_is_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert await serve(tmp_path, port) == 1
+    said = last_words(caplog)
+    assert said.msg == "cannot start"
+    assert f"cannot listen on 127.0.0.1:{port}" in vars(said)["reason"]
+    assert said.exc_info is None
+
+
+async def test_a_defect_at_the_start_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def start(self: HttpServer, listener: socket.socket | None = None) -> int:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(HttpServer, "start", start)
+    assert await serve(tmp_path) == 1
+    said = last_words(caplog)
+    assert (said.msg, vars(said)["reason"], said.exc_info) == ("cannot start", "ZeroDivisionError: a defect", None)
