@@ -72,7 +72,7 @@ class App:
         self._config = config
         self._catalog = catalog
         self._clock = clock
-        self._heritage = heritage
+        self.heritage = heritage
         self.metrics = heritage.metrics
         self.reloads = heritage.reloads
         self.supervisor = Supervisor(clock)
@@ -209,7 +209,7 @@ class App:
         return {
             "gateway": self._config.gateway.id,
             "version": __version__,
-            "uptime_s": round(self._clock.monotonic() - self._heritage.started, 3),
+            "uptime_s": round(self._clock.monotonic() - self.heritage.started, 3),
             "settings": self.reloads.status(),
             "ready": ready,
             "reason": reason,
@@ -311,11 +311,6 @@ class App:
         """Put an administrative act on record."""
         if self.audit:
             self.audit.act(act, **what)
-
-    @property
-    def heritage(self) -> Heritage:
-        """For the next one."""
-        return self._heritage
 
     async def stop(self) -> None:
         """Doors first, then what is in flight, then the targets, then the store."""

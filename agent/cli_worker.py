@@ -159,12 +159,11 @@ async def _serve(args: argparse.Namespace) -> int:
         cert_file=args.cert_file,
         key_file=args.key_file,
     )
-    limits = ModelsSection()
-    passed = None if args.state_dir is None else args.state_dir / "models-passed.json"
-    confinement = Confinement(limits.trial_memory_mb, limits.trial_s, check_structure, passed)
-    pool = RuntimePool(
-        _runtime(args), clock, max_queued=args.max_queued, confinement=None if trust.trusted else confinement
-    )
+    confinement = None
+    if not trust.trusted:
+        limits, passed = ModelsSection(), args.state_dir and args.state_dir / "models-passed.json"
+        confinement = Confinement(limits.trial_memory_mb, limits.trial_s, check_structure, passed)
+    pool = RuntimePool(_runtime(args), clock, max_queued=args.max_queued, confinement=confinement)
     worker = Worker(settings, catalog, pool, options, clock)
     stop = asyncio.Event()
     for sig in (signal.SIGTERM, signal.SIGINT):

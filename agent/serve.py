@@ -13,7 +13,7 @@ from typing import Any
 
 from agent.app import App
 from agent.core.clock import SystemClock
-from agent.core.errors import ConfigError, LinkError
+from agent.core.errors import ConfigError, EdgeAgentError, LinkError
 from agent.sdnotify import Notifier
 from agent.settings import Settings, changes, load_settings
 from agent.supervisor import Component, ComponentState
@@ -44,28 +44,28 @@ class Service:
         self._path = path
         self._notifier = Notifier()
         self._clock = SystemClock()
-        self._stop = asyncio.Event()
-        self._reload = asyncio.Event()
+        self._stop = False
         self._asked = asyncio.Event()
+        """A signal came: to stop, or to reload."""
         self._broken = ""
 
     async def serve(self, settings: Settings) -> int:
         """Until SIGTERM or SIGINT. Returns the exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._ask, self._stop)
-        loop.add_signal_handler(signal.SIGHUP, self._ask, self._reload)
-        app: App | None = App(settings, self._clock)
-        assert app is not None
-        app.reloads.begin(settings)
+            loop.add_signal_handler(number, self._end)
+        loop.add_signal_handler(signal.SIGHUP, self._asked.set)
+        first = App(settings, self._clock)
+        first.reloads.begin(settings)
         try:
-            await self._start(app)
+            await self._start(first)
         except (ConfigError, LinkError) as error:
             log.error("cannot start", extra={"reason": str(error)})
             return 2 if isinstance(error, ConfigError) else 1
         self._notifier.ready("serving")
-        names = [target.traits.name for target in app.targets]
+        names = [target.traits.name for target in first.targets]
         log.info("ready", extra={"gateway": settings.config.gateway.id, "targets": names})
+        app: App | None = first
         while app is not None and await self._again():
             app, settings = await self._renew(app, settings)
         if app is None:
@@ -82,18 +82,17 @@ class Service:
     def _break(self, why: str) -> None:
         """The core of the daemon has failed: it ends as by SIGTERM, but says so, and that it failed."""
         self._broken = why
-        self._ask(self._stop)
+        self._end()
 
-    def _ask(self, what: asyncio.Event) -> None:
-        what.set()
+    def _end(self) -> None:
+        self._stop = True
         self._asked.set()
 
     async def _again(self) -> bool:
         """Wait for a signal: True if it asks for a reload. Several that came meanwhile are one."""
         await self._asked.wait()
         self._asked.clear()
-        self._reload.clear()
-        return not self._stop.is_set()
+        return not self._stop
 
     async def _start(self, app: App, open_door: socket.socket | None = None) -> None:
         """Raises `ConfigError` or `LinkError`, and leaves nothing running."""
@@ -129,15 +128,14 @@ class Service:
     async def _replace(self, app: App, old: Settings) -> tuple[App | None, Settings]:
         try:
             new = await asyncio.to_thread(load_settings, self._path)
-        except ConfigError as error:
-            self._refuse(app, list(error.problems))
+            successor = App(new, self._clock, app.heritage)
+        except Exception as error:  # whatever is wrong with what is on the disk: what runs goes on
+            if not isinstance(error, EdgeAgentError):
+                log.exception("a reload failed in an unforeseen way")
+            app.metrics.watch(app.status)
+            self._refuse(app, list(error.problems) if isinstance(error, ConfigError) else [str(error)])
             return app, old
         changed = changes(old, new)
-        try:
-            successor = App(new, self._clock, app.heritage)
-        except ConfigError as error:
-            self._refuse(app, list(error.problems))
-            return app, old
         door = app.http.hand_over()
         await app.stop()
         _log_as(new)

@@ -69,7 +69,9 @@ class Stalls:
                 continue
             pid = self._pid()
             waited = _run_delay(pid)
-            total += max(0.0, waited - known[1]) if pid == known[0] else waited
+            taken = max(0.0, waited - known[1]) if pid == known[0] else waited
+            # Several threads may have waited at once: no more is taken than passed.
+            total += min(taken, now - (self._at[-1] if self._at else now))
             known = (pid, waited)
             with self._lock:
                 self._at.append(now)

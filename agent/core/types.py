@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy.typing as npt
 
 Tensor: TypeAlias = npt.NDArray[Any]
+Described: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Tensors of a model file by name: dtype and shape."""
 Tensors: TypeAlias = Mapping[str, Tensor]
 
 

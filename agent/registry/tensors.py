@@ -5,16 +5,13 @@ specification, `real = scale * (quantised - zero_point)`, rounded half away from
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from agent.core.errors import TargetFailed
-from agent.core.types import Tensor, Tensors
+from agent.core.types import Described, Tensor, Tensors
 from agent.registry.catalog import Family, Variant, VariantTensor
-
-Described = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Tensors of a file by name: dtype and shape."""
 
 
 def quantise(real: Tensor, spec: VariantTensor) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from agent.core.types import Tensor, Tensors
+from agent.core.types import Described, Tensor, Tensors
 
 Format = Literal["tflite", "onnx"]
 
@@ -118,10 +118,6 @@ class Confinement:
     def lasting(self) -> Confinement:
         """For the process that runs what has passed: without limits on memory and time, which several models share."""
         return replace(self, memory_mb=0)
-
-
-Described = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Tensors of a file by name: dtype and shape."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from agent.core.types import Tensor, Tensors
-from agent.runtimes.base import Described, Format, LoadedModel, ModelFile, ModelRunner, Runtime, RuntimeFactory
+from agent.core.types import Described, Tensor, Tensors
+from agent.runtimes.base import Format, LoadedModel, ModelFile, ModelRunner, Runtime, RuntimeFactory
 
 FIRST_RUNS = 8
 """Timed runs after loading: enough to choose between inline and pool before the first request."""

@@ -53,9 +53,9 @@ T = TypeVar("T")
 
 BATCH = 1024
 """Changes in one transaction."""
-RETRY_S = 1.0
 FAILED_S = 0.01
 """Between two batches that the disk did not take."""
+RETRY_S = 1.0
 """While the file cannot be used: between two tries."""
 CLOSE_S = 10.0
 CHECKING = "being checked"

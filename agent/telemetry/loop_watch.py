@@ -35,7 +35,6 @@ class LoopWatch:
         self._now = now
         self._due = 0.0
         self._seen = ""
-        self._halt = threading.Event()
         self._thread: int | None = None
         self._starved = 0.0
         self._recent: list[tuple[float, float]] = []
@@ -49,7 +48,7 @@ class LoopWatch:
         self._thread = threading.get_native_id()
         self._starved = _run_delay(self._thread)
         self._due = self._now() + PERIOD_S
-        self._halt = halt = threading.Event()
+        halt = threading.Event()
         looker = threading.Thread(target=self._look, args=(threading.get_ident(), halt), name="loop-watch", daemon=True)
         looker.start()
         try:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hil.chaos.ledger import BAD, Asked, Judge, Kept, Ledger, Windows
+from hil.chaos.ledger import Asked, Judge, Kept, Ledger, Windows
 from hil.stalls import Stalls
 
 LABELS = {"digits/gateway-fp16": ["1", "2"], "gateway-fp16": ["1", "2"]}
@@ -136,7 +136,3 @@ def test_a_result_says_as_well_that_the_item_was_accepted() -> None:
     ledger.delivered("id-1", "ok", RIGHT | {"request_id": "a"})
     assert kept(ledger) == "delivered"
     assert ledger.undelivered() == []
-
-
-def test_every_bad_word_can_be_had() -> None:
-    assert set(BAD) == {"silent", "late", "unlabelled", "lost", "twice"}

@@ -25,7 +25,7 @@ def build(environment: str) -> Path:
         text=True,
         timeout=BUILD_LIMIT_S,
     )
-    if "lacks platformio" in done.stderr:
+    if "lacks platformio" in done.stderr and not os.environ.get("CI"):
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stdout + done.stderr
     return ROOT / "firmware" / ".pio" / "build" / environment / "libedge_mcu.so"

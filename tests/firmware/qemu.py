@@ -47,7 +47,7 @@ def script(*arguments: str, library: str | None = None) -> str:
         text=True,
         timeout=LIBRARY_LIMIT_S if library else BUILD_LIMIT_S,
     )
-    if "lacks platformio" in done.stderr:
+    if "lacks platformio" in done.stderr and not os.environ.get("CI"):
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from agent import serve as serve_module
 from agent import supervisor
+from agent.app import App
+from agent.core.clock import SystemClock
 from agent.ingress.http_server import HttpServer
 from agent.serve import Service
 from agent.settings import load_settings
@@ -72,3 +75,22 @@ async def test_a_defect_at_the_start_is_told_in_one_line(
     assert await serve(tmp_path) == 1
     said = last_words(caplog)
     assert (said.msg, vars(said)["reason"], said.exc_info) == ("cannot start", "ZeroDivisionError: a defect", None)
+
+
+async def test_a_defect_in_a_reload_leaves_what_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever it is that nobody thought of: nothing has been stopped yet."""
+    path = tmp_path / "gateway.yaml"
+    path.write_text(yaml.safe_dump({"gateway": {"state_dir": str(tmp_path / "state")}, "mqtt": {"enabled": False}}))
+    settings = load_settings(path)
+    app, service = App(settings, SystemClock()), Service(path)
+
+    def broken(*_: object) -> App:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(serve_module, "App", broken)
+    assert await service._replace(app, settings) == (app, settings)
+    assert app.reloads.status()["refused"] == 1 and "a defect" in app.reloads.problem
+    assert app.metrics.render(), "the scrape still reads what runs"
+    assert last_words(caplog).msg == "reload refused"
