@@ -43,12 +43,13 @@ class Script:
         self._held: int | None = None
         self._holding = False
         self._at: dict[str, float] = {}
+        # The last part is long: a lane that was slow is asked again only now and then, until it is known to be well.
         self._scenes: list[tuple[float, Callable[[], str]]] = [
-            (0.18, self._cut),
-            (0.33, self._mend),
-            (0.43, self._hang),
-            (0.55, self._all_away),
-            (0.70, self._all_back),
+            (0.15, self._cut),
+            (0.28, self._mend),
+            (0.36, self._hang),
+            (0.48, self._all_away),
+            (0.60, self._all_back),
         ]
 
     def advance(self, part: float, say: Callable[[str], None]) -> None:
