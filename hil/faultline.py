@@ -97,10 +97,7 @@ class FaultLine:
     def open(self) -> None:
         """Connect both sides now. Raises OSError if the board's port cannot be opened."""
         self._board = BoardPort(self._port_name, self._port_baud)
-        self._port = Port(self._link)
-        if self._link.readlink() == self._device:  # the number was free again; another one, as after a real replug
-            again, self._port = self._port, Port(self._link)
-            again.close()
+        self._port = Port(self._link, unlike=self._device)  # as after a real replug
         self._device = self._link.readlink()
 
     def watch(self, fd: int, handler: Callable[[], object]) -> None:

@@ -57,12 +57,17 @@ def check_link(link: Path) -> None:
 
 
 class Port:
-    """A pseudo-terminal in raw mode. `link` points to what the gateway opens."""
+    """A pseudo-terminal in raw mode. `link` points to what the gateway opens, which never is `unlike`."""
 
-    def __init__(self, link: Path) -> None:
+    def __init__(self, link: Path, *, unlike: Path | None = None) -> None:
         check_link(link)
         self.link = link
         self.master, self._slave = pty.openpty()
+        if os.ttyname(self._slave) == str(unlike):  # that number was free again
+            taken = self.master, self._slave
+            self.master, self._slave = pty.openpty()
+            for fd in taken:
+                os.close(fd)
         # The slave stays open here too: the master never sees a hang-up when the gateway closes its end.
         tty.setraw(self._slave)
         os.set_blocking(self.master, False)

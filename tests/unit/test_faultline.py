@@ -174,6 +174,19 @@ def test_the_link_goes_and_comes_with_the_boards_port(bench: Bench) -> None:
     os.close(gateway)
 
 
+def test_the_link_never_shows_the_device_that_it_must_not_be(tmp_path: Path) -> None:
+    first = Port(tmp_path / "link")
+    device = first.link.readlink()
+    first.close()  # so that its number is the next one to be given out
+    second = Port(tmp_path / "link", unlike=device)
+    assert second.link.readlink() != device
+    slave = os.open(second.link, os.O_RDWR | os.O_NOCTTY)
+    os.write(slave, b"x")
+    assert read(second.master, 1) == b"x"
+    os.close(slave)
+    second.close()
+
+
 def test_a_port_that_is_not_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "none"), "--link", str(tmp_path / "line")]) == 1
     assert "none" in capsys.readouterr().err
