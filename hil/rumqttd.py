@@ -39,7 +39,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="rumqttd-") as folder:
         config = Path(folder) / "rumqttd.toml"
         config.write_text(CONFIG.format(port=args.port))
-        IotCoreBroker(config_path=str(config)).run_forever()
+        broker = IotCoreBroker(config_path=str(config))  # reads it now; a signal that ends `run_forever` leaves no file
+    broker.run_forever()
     return 0
 
 
