@@ -109,7 +109,7 @@ def _usage(*, signs: bool) -> x509.KeyUsage:
 
 
 def as_shipped(folder: Path, authority: Authority, server: Pair) -> Broker:
-    """A broker with the files of `deploy/mosquitto`, of which only places are changed."""
+    """A broker with the files of `deploy/mosquitto`, of which only places are changed, and that logs refused topics."""
     port = free_port()
     acl = folder / "edge-agent.acl"
     shutil.copy(DEPLOY / "edge-agent.acl", acl)
@@ -125,6 +125,8 @@ def as_shipped(folder: Path, authority: Authority, server: Pair) -> Broker:
     for old, new in changes.items():
         assert re.search(rf"^[^#]*{re.escape(old)}$", text, re.MULTILINE), old
         text = text.replace(old, new)
+    assert "\n#   log_type debug\n" in text
+    text = text.replace("#   log_type debug", "log_type debug")
     config = folder / "mosquitto.conf"
     config.write_text(f"log_dest stderr\n{text}")
     return Broker([str(MOSQUITTO), "-c", str(config)], port, "mosquitto", folder / "mosquitto.log")

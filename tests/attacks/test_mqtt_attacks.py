@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ class Device:
         await until(lambda: self.answers, WAIT_S, "an answer")
         decoded: dict[str, Any] = json.loads(self.answers.pop(0).payload)
         return decoded
+
+    def denied(self, topic: str) -> list[str]:
+        """What the broker wrote of it."""
+        return [line for line in self.fort.broker_lines(f"Denied PUBLISH from {self.name} ") if f"'{topic}'" in line]
 
     def refused_once(self, code: str) -> None:
         (record,) = self.fort.records(kind="refusal", who=f"mqtt:{self.name}")
@@ -109,6 +114,8 @@ async def test_topics_outside_the_access_list(device: Device, fort: Fort) -> Non
         "clients/other/answers",
     ):
         assert await device.link.publish_acknowledged(topic, QUESTION) == REFUSED, topic
+        await until(partial(device.denied, topic), WAIT_S, f"the broker writes down that {topic} was refused")
+        assert len(device.denied(topic)) == 1, topic
     assert len(fort.records(kind="request")) == before
 
 
