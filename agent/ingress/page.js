@@ -66,6 +66,7 @@ function pairs(value, prefix = "", into = []) {
     else if (Array.isArray(item)) item.forEach((one, i) => pairs(one, prefix + (obj(one).port || obj(one).name || key + " " + i) + ".", into));
     else if (item !== null && typeof item === "object") pairs(item, prefix + key + ".", into);
     else if (/(^|_)bytes$/.test(key) && typeof item === "number") into.push([prefix + key.replace(/_?bytes$/, "") || "size", size(item)]);
+    else if (key === "port") into.push([prefix + key, String(item)]);
     else if (key === "since" && item > 1e9) into.push([prefix + key, new Date(item * 1000).toLocaleString("en-GB")]);
     else into.push([prefix + key, plain(item)]);
   }
