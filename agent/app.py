@@ -22,7 +22,7 @@ from agent.ingress.http_server import HttpServer
 from agent.ingress.mqtt import MqttDoor
 from agent.ingress.streams import StreamDoor
 from agent.parts import read_parts
-from agent.pipeline import Pipeline
+from agent.pipeline import Memory, Pipeline
 from agent.registry.accuracy import Accuracies, Alarm
 from agent.registry.signing import SigningError
 from agent.registry.trust import keep_counter
@@ -55,11 +55,12 @@ STALL_S = 10.0
 
 
 class Heritage(NamedTuple):
-    """What outlives a reload: the counters, when the daemon was started, and how the reloads went."""
+    """What outlives a reload. `started` is monotonic."""
 
     metrics: Metrics
     started: float
     reloads: Reloads
+    memory: Memory
 
 
 class App:
@@ -67,14 +68,12 @@ class App:
 
     def __init__(self, settings: Settings, clock: Clock, heritage: Heritage | None = None) -> None:
         config, catalog, trust = settings
-        heritage = heritage or Heritage(Metrics(), clock.monotonic(), Reloads(clock))
+        heritage = heritage or Heritage(Metrics(), clock.monotonic(), Reloads(clock), Memory())
         self._settings = settings
-        self._config = config
-        self._catalog = catalog
+        self._config, self._catalog = config, catalog
         self._clock = clock
         self.heritage = heritage
-        self.metrics = heritage.metrics
-        self.reloads = heritage.reloads
+        self.metrics, self.reloads = heritage.metrics, heritage.reloads
         self.supervisor = Supervisor(clock)
         self.supervisor.reads(self._parts)
         self.load = LoadSampler()
@@ -107,6 +106,7 @@ class App:
             accuracy=config.accuracy,
             accuracy_of=self.accuracies.accuracy_of,
             shadow=self.shadow,
+            memory=heritage.memory,
         )
         slowest_ms = max((lane.timeout_ms for lane in config.cloud.lanes), default=config.edge_gpu.timeout_ms)
         mode = AccuracyMode(config.accuracy.mode)

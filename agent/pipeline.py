@@ -47,6 +47,14 @@ class _Kept:
         return self.answer.done() and (self.answer.cancelled() or self.answer.exception() is not None)
 
 
+class Memory:
+    """What one pipeline leaves to the next after a reload: answers under idempotency keys, and the latest of all."""
+
+    def __init__(self) -> None:
+        self.by_key: OrderedDict[tuple[str, str, str], _Kept] = OrderedDict()
+        self.recent: deque[tuple[float, InferenceResult | InferenceError]] = deque(maxlen=MAX_RECENT)
+
+
 class Pipeline:
     """Answers requests. One for each daemon; every door calls `infer`."""
 
@@ -63,6 +71,7 @@ class Pipeline:
         accuracy: AccuracySection | None = None,
         accuracy_of: AccuracyOf = of_the_catalogue,
         shadow: Shadow | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self._catalog = catalog
         self._router = router
@@ -74,11 +83,11 @@ class Pipeline:
         self._stories = stories or Stories(0, clock)
         self.queue = RequestQueue(settings.overload, settings.max_in_flight, clock)
         router.on_free(self.queue.room)
-        self._by_key: OrderedDict[tuple[str, str, str], _Kept] = OrderedDict()
+        memory = memory or Memory()
+        self._by_key, self.recent = memory.by_key, memory.recent
         self._idle = asyncio.Event()
         self._idle.set()
         self.in_flight = 0
-        self.recent: deque[tuple[float, InferenceResult | InferenceError]] = deque(maxlen=MAX_RECENT)
         self.listeners: list[Callable[[InferenceRequest, InferenceResult | InferenceError], None]] = []
 
     async def infer(self, request: InferenceRequest) -> InferenceResult:

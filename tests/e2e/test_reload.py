@@ -105,9 +105,15 @@ def test_the_same_again_is_read_again(gateway: Gateway) -> None:
     """Keys and certificates in other files may have changed, of which the configuration has only the names."""
     document = yaml.safe_load((gateway.stage.folder / "daemon.yaml").read_text())
     before = gateway.get("/status")["settings"]
+    once = {"model": "digits", "inputs": gateway.sample("digits")[0], "use_cache": False, "idempotency_key": "once"}
+    _, first = gateway.infer(**once)
     settings = reload(gateway, document)
     assert settings["sha256"] == before["sha256"]
     assert settings["generation"] == before["generation"] + 1
+    _, again = gateway.infer(**once)
+    assert again["cached"] and "same idempotency key" in again["reasons"][0], "answers under their keys outlive it"
+    assert again["outputs"] == first["outputs"]
+    assert first["request_id"] in {one["request_id"] for one in gateway.get("/recent")}, "and so do the latest"
     wait_until(gateway.complete, "every tier available")
 
 
