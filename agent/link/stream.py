@@ -96,9 +96,13 @@ class BoardStream:
         taken_at, bound_s = when if when is not None else (None, 0.0)
         return Sampled(result, received_at, taken_at, bound_s)
 
+    def close(self) -> None:
+        """Hear nothing more; the board goes on as long as it has credit."""
+        self._session.forget_listener(self._hear)
+
     async def stop(self, deadline: float) -> None:
         """End it on the board. Raises as `Session.request`."""
-        self._session.forget_listener(self._hear)
+        self.close()
         await self._session.request(StreamStop(), StreamStatus, deadline, windowed=False)
 
     def _hear(self, message: Incoming | LinkError, received_at: float) -> None:
@@ -154,6 +158,7 @@ class BoardStream:
             return  # whether the board is gone is for its owner's PINGs to find out
         status = reply.message
         if not status.streams:
+            await self._session.refresh(deadline)  # it may have been reset, with a HELLO that the line lost
             raise LinkError("the board's stream has ended: it was stopped, or its end was not heard")
         lost = (status.seq - self._expected) & 0xFFFFFFFF
         if not self._waiting and lost < 0x80000000:

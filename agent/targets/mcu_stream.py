@@ -129,6 +129,7 @@ class StreamKeeper:
             log.exception("task failed", extra={"component": f"stream {self.section.name}"})
             return f"{type(defect).__name__}: {defect}"
         finally:
+            stream.close()
             self._past, self._stream = self._counters(), None
 
     def _pass_on(self, sampled: Sampled, variant: Variant, provider: str) -> None:

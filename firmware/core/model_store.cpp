@@ -250,7 +250,9 @@ Status ModelStore::begin(const Manifest& manifest) {
       return {Code::kDowngrade, "counter is not above the active model's"};
     }
   }
-  if (receiving_ >= 0 && same_transfer(slots_[receiving_].manifest, manifest)) return {};
+  // A full journal takes no chunk any more: then the same image begins anew.
+  const bool resumes = receiving_ >= 0 && journal_next_ < kJournalEntries;
+  if (resumes && same_transfer(slots_[receiving_].manifest, manifest)) return {};
 
   // Journal first: a cut before the record leaves the old transfer without entries, which only costs its
   // chunks.

@@ -89,7 +89,11 @@ Status ModelUpdate::commit(uint8_t* scratch, size_t scratch_size, bool trial) {
   failed_ = false;
   if (status.ok()) return status;
   if (status.code != Code::kFlash) store_.set_state(index, SlotState::kBad);
-  if (before >= 0 && loaded_ != before) load(static_cast<size_t>(before));
+  if (loaded_ != before) {
+    loaded_ = -1;
+    info_ = ModelInfo();
+    if (before >= 0) load(static_cast<size_t>(before));
+  }
   return status;
 }
 

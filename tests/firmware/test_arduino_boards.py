@@ -12,6 +12,8 @@ FLASH_BYTES = 4 << 20
 """The smallest flash of an ESP32-S3 board in the shops."""
 TABLE_END = 0x9000
 """Below are the boot loader and the table itself."""
+BOOT_APP = 0xE000
+"""Where the Arduino core's upload puts boot_app0.bin."""
 ALIGNMENT = {"app": 0x10000, "data": 0x1000}
 """ESP-IDF, "Partition Tables": of an application and of data, offsets in bytes."""
 
@@ -36,6 +38,7 @@ def test_the_partition_table_of_the_esp32_is_one() -> None:
         assert one.offset >= end, f"{one.name} overlaps what is before it"
         assert one.offset % ALIGNMENT[one.type] == 0 and one.size % ALIGNMENT["data"] == 0, one.name
         end = one.offset + one.size
+        assert not one.offset < BOOT_APP + 1 <= end, f"{one.name} is written to at every upload"
     assert end <= FLASH_BYTES
     assert [(one.type, one.subtype) for one in partitions()][:2] == [("data", "nvs"), ("app", "factory")]
 

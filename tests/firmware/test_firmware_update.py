@@ -238,6 +238,36 @@ def test_selftest(board: Board, difference: int, tolerance: int, code: int) -> N
     assert runs(board, A if code else B)
 
 
+def test_a_first_model_that_failed_its_selftest_does_not_run() -> None:
+    """Nor does another under whose slot flash is being erased for the next one."""
+    board = Board()
+    assert board.push(replace(A, selftest=bytes(74)), trial=True).code == SELFTEST
+    assert not runs(board, A)
+    assert board.ask("MODEL_BEGIN", B.begin(CHUNK)).code == 0
+    assert not runs(board, A) and not runs(board, B)
+    assert board.push(B).code == 0 and runs(board, B)
+    board.close()
+
+
+def test_a_transfer_whose_journal_is_full_begins_anew() -> None:
+    """Power that goes each time the last chunk of a block is written uses the journal's 1,792 entries up."""
+    board = Board(flash=MemoryFlash(size=256 * 1024, erase_size=4096))
+    large = replace(B, model=B.model + bytes(40_000), counter=3)
+    for _ in range(700):
+        board.boot()
+        status = Status.parse(board.ask("MODEL_BEGIN", large.begin(1072)).body)
+        while status.next < 4000 and not board.flash.dead:
+            board.flash.cut_at, board.flash.torn = (board.flash.operations if status.next > 2000 else None), 0.5
+            part = large.data[status.next : status.next + status.chunk]
+            answer = board.ask("MODEL_CHUNK", struct.pack("<I", status.next) + part)
+            if answer.code:
+                break
+            status = Status.parse(answer.body)
+    board.boot()
+    assert board.push(large, 1072).code == 0
+    board.close()
+
+
 def test_selftest_of_the_wrong_length(board: Board) -> None:
     failing(board, replace(B, selftest=bytes(73)), SELFTEST)
 

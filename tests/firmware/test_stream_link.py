@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from board import FakeEngine, Image, MemoryFlash, model
 from fake_mcu import Line, LoopClock, Lossy, soon, virtual_time
+from test_session_repeat import Losing, once
 
 from agent.core.errors import LinkError
 from agent.link.calls import RemoteError
 from agent.link.session import Session
 from agent.link.stream import BoardStream, StreamSpec
-from agent.wire.codes import ErrorCode, SendInputs
+from agent.wire.codes import ErrorCode, MessageType, SendInputs
+from agent.wire.frame import Frame
 from agent.wire.stream import StreamCredit, StreamStatus
 from agent.wire.update import ModelBegin, ModelChunk, ModelCommit, ModelStatus
 from hil.virtual.library import Hardware, Mcu
@@ -37,6 +39,7 @@ class Firmware:
         self._compute_s = compute_s
         self._received = bytearray()
         self.samples = 0
+        self.broken_sensor = False
         self.engine = FakeEngine()
         self.engine.on_invoke = self._spend
         self.hardware = Hardware(
@@ -49,8 +52,10 @@ class Firmware:
         )
         self.mcu = Mcu(self.hardware)
 
-    def _sample(self, source: int, size: int) -> bytes:
+    def _sample(self, source: int, size: int) -> bytes | None:
         self.samples += 1
+        if self.broken_sensor:
+            return None
         return bytes([self.samples & 0x7F]) * size
 
     def _spend(self) -> None:
@@ -90,10 +95,15 @@ class Firmware:
 
 async def connected(kind: type[Line] = Line, **options: float) -> tuple[Firmware, Session]:
     firmware = Firmware(**options)
-    session = Session(kind(firmware), LoopClock())  # type: ignore[arg-type]
-    await session.open(soon(60))
+    session = await opened(kind(firmware))
     await _push(session)
     return firmware, session
+
+
+async def opened(line: Line) -> Session:
+    session = Session(line, LoopClock())
+    await session.open(soon(60))
+    return session
 
 
 async def _push(session: Session) -> None:
@@ -243,4 +253,109 @@ async def test_inputs_come_with_unsure_results() -> None:
     stream = await streaming(session, send_inputs=SendInputs.BELOW, threshold=127)
     result = (await stream.next()).result
     assert FakeEngine.answer(result.inputs, 10) == result.outputs
+    session.close()
+
+
+class Batch(Line):
+    """Can hold what the board says, and give it to the gateway in one read."""
+
+    held: bytes | None = None
+
+    def _deliver(self, data: bytes) -> None:
+        if self.held is None:
+            super()._deliver(data)
+        else:
+            self.held += data
+
+    def release(self) -> None:
+        held, self.held = self.held or b"", None
+        super()._deliver(held)
+
+
+@virtual_time
+async def test_no_session_is_given_an_answer_to_the_one_before_it() -> None:
+    """The board was not reset: it knows the answers that it gave, and computes what it was asked, whoever asks now."""
+    firmware, session = await connected(compute_s=0.2)
+    for inputs in (1, 2, 3):
+        await session.infer(TAG, bytes([inputs] * 64), soon(10))
+    left = [asyncio.create_task(session.infer(TAG, bytes([inputs] * 64), soon(10))) for inputs in (4, 5, 6)]
+    await asyncio.sleep(0.02)
+    session.close()
+    await asyncio.gather(*left, return_exceptions=True)
+    line = Losing(firmware)
+    again = await opened(line)
+    line.loses = once(MessageType.INFER)  # what is asked first is asked again, marked as such
+    replies = await asyncio.gather(*(again.infer(TAG, bytes([inputs] * 64), soon(10)) for inputs in (7, 8, 9)))
+    assert [one.message.outputs for one in replies] == [FakeEngine.answer(bytes([i] * 64), 10) for i in (7, 8, 9)]
+    again.close()
+
+
+@virtual_time
+async def test_a_sensor_without_a_reading_ends_its_stream_at_once_and_leaves_nothing() -> None:
+    firmware, session = await connected()
+    firmware.broken_sensor = True
+    for _ in range(20):
+        began = asyncio.get_running_loop().time()
+        stream = await streaming(session, interval_ms=3_600_000)
+        with pytest.raises(RemoteError) as ended:
+            await stream.next()
+        assert ended.value.code == ErrorCode.SENSOR
+        assert asyncio.get_running_loop().time() - began < 1.0
+        stream.close()
+    assert session._listeners == {}
+    session.close()
+
+
+@virtual_time
+async def test_after_a_reset_whose_greeting_was_lost_no_time_of_the_former_life_is_used() -> None:
+    firmware = Firmware()
+    line = Losing(firmware)
+    session = await opened(line)
+    await _push(session)
+    await session.ping(b"", soon(1))
+    stream = await streaming(session, interval_ms=100)
+    await stream.next()
+    line.loses = lambda frame: frame.type == MessageType.HELLO
+    firmware.reset()
+    line.loses = lambda frame: False
+    with pytest.raises(LinkError):
+        while True:
+            await stream.next()
+    assert (await (await streaming(session, interval_ms=100)).next()).taken_at is None
+    assert session.counters.resets == 1
+    session.close()
+
+
+@virtual_time
+async def test_a_pong_of_the_former_life_sets_no_clock() -> None:
+    """It and the greeting of the board that was reset come in one read."""
+    firmware = Firmware()
+    line = Batch(firmware)
+    session = await opened(line)
+    await _push(session)
+    line.held = b""
+    asking = asyncio.create_task(session.ping(b"", soon(1)))
+    await asyncio.sleep(0.01)
+    firmware.reset()
+    await asyncio.sleep(0.05)
+    line.release()
+    with pytest.raises(LinkError, match="reset"):
+        await asking
+    assert session.clock_sync.estimate(asyncio.get_running_loop().time()) is None
+    await session.ping(b"", soon(1))
+    assert (await (await streaming(session)).next()).taken_at is not None
+    session.close()
+
+
+@virtual_time
+async def test_a_frame_of_a_type_that_is_not_known_answers_nothing() -> None:
+    firmware = Firmware(compute_s=0.2)
+    line = Line(firmware)
+    session = await opened(line)
+    await _push(session)
+    asking = asyncio.create_task(session.infer(TAG, bytes(64), soon(10)))
+    await asyncio.sleep(0)
+    line._deliver(Frame(0x92, 0, 0, session._last_id, b"progress").encode())
+    assert (await asking).message.outputs == FakeEngine.answer(bytes(64), 10)
+    assert session.counters.unknown == 1
     session.close()
