@@ -138,6 +138,7 @@ class Worker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._answers = AnswerStore(settings.duplicate_entries, settings.duplicate_window_s)
         self._refresher: asyncio.TimerHandle | None = None
+        self._leaving = False
 
     async def start(self) -> None:
         """Load the models and begin to connect. Raises `ConfigError` if none of them can be served."""
@@ -155,6 +156,7 @@ class Worker:
 
     async def stop(self) -> None:
         """Take no more, say so, finish what is here within `drain_s`, and leave."""
+        self._leaving = True
         if self._refresher is not None:
             self._refresher.cancel()
         # Presence goes before the last answers do: gateways should ask somebody else from now on.
@@ -207,7 +209,7 @@ class Worker:
         if self._refresher is not None:
             self._refresher.cancel()
             self._refresher = None
-        if state.connected:
+        if state.connected and not self._leaving:
             self._announce()
 
     def _announce(self) -> None:

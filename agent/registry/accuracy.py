@@ -187,7 +187,7 @@ class Accuracies:
                 self._take_up(watched, kept.get(self._key(watched)))
         except FileNotFoundError:
             return
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             log.warning("running accuracies begin anew", extra={"path": str(self._path), "reason": str(error)})
 
     def _take_up(self, watched: _Watched, kept: Any) -> None:

@@ -23,6 +23,8 @@ MAX_FIELDS: Final = 1 << 21
 """Of an ONNX file, all together."""
 ABSENT: Final = 0xFFFF_FFFF
 SCHEMA_VERSION: Final = 3
+MAX_STEPS: Final = 1 << 20
+"""Tables and indices of a TensorFlow Lite file that are looked at, those that several point to each time."""
 
 
 def check_structure(name: str, data: bytes, format: str) -> None:
@@ -57,14 +59,22 @@ def _check_tflite(data: bytes) -> None:
         if table.scalar(1, 8) > 1 or table.scalar(2, 8) > 1:
             raise ValueError(f"buffer {index} lies behind the FlatBuffer")
         _inside(file, f"buffer {index}")
+    steps = 0
     for index in range(graphs.size):
-        _check_graph(file, Table(file, graphs.table_at(index)), codes.size, buffers.size)
+        steps = _check_graph(file, Table(file, graphs.table_at(index)), codes.size, buffers.size, steps)
 
 
-def _check_graph(file: Buffer, graph: Table, codes: int, buffers: int) -> None:
+def _counted(steps: int, more: int) -> int:
+    if steps + more > MAX_STEPS:
+        raise ValueError(f"more than {MAX_STEPS} tensors, operators and indices")
+    return steps + more
+
+
+def _check_graph(file: Buffer, graph: Table, codes: int, buffers: int, steps: int) -> int:
     tensors, inputs, outputs, operators = (graph.vector(field, 4) for field in range(4))
     for what, vector in (("tensors", tensors), ("inputs", inputs), ("outputs", outputs), ("operators", operators)):
         _bounded(file, what, vector)
+        steps = _counted(steps, vector.size)
     for index in range(tensors.size):
         table = Table(file, tensors.table_at(index))
         shape, buffer = table.vector(0, 4), table.scalar(2, 4)
@@ -84,7 +94,9 @@ def _check_graph(file: Buffer, graph: Table, codes: int, buffers: int) -> None:
             raise ValueError(f"operator {index} has code {code} of {codes}")
         for part in parts:
             _bounded(file, f"tensors of operator {index}", part)
+            steps = _counted(steps, part.size)
             _indices(f"operator {index}", part, tensors.size)
+    return steps
 
 
 def _bounded(file: Buffer, what: str, vector: Vector, most: int = MAX_ENTRIES) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ def load_selftest(path: Path) -> tuple[tuple[bytes, bytes], ...]:
         with np.load(path, allow_pickle=False) as vectors:
             pairs = zip(vectors["inputs"], vectors["outputs"], strict=True)
             samples = tuple((inputs.tobytes(), outputs.tobytes()) for inputs, outputs in pairs)
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError([f"{path}: is no self-test of a model: {error}"]) from None
     if not samples:
         raise ConfigError([f"{path}: is no self-test of a model: it has no samples"])

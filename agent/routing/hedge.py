@@ -68,7 +68,22 @@ async def race(asking: Asking, first: Side, second: Side, after_s: float, still:
 
 
 def _begin(asking: Asking, side: Side, *, hedge: bool) -> _Try:
-    return asyncio.create_task(asking.attempt(side.state, side.variant, side.until, hedge=hedge))
+    """A task begins later than it is made: its place is taken at once, or whoever decides meanwhile takes it too."""
+    state, held = side.state, [True]
+    state.in_flight += 1
+
+    def release() -> None:
+        if held:
+            held.pop()
+            state.in_flight -= 1
+
+    async def attempt() -> tuple[TargetAnswer | None, Attempt]:
+        release()
+        return await asking.attempt(state, side.variant, side.until, hedge=hedge)
+
+    task = asyncio.create_task(attempt())
+    task.add_done_callback(lambda _: release())  # it was cancelled before it began
+    return task
 
 
 def _answered(task: _Try) -> bool:

@@ -73,7 +73,11 @@ class RequestQueue:
                         raise
                 self._in_service -= 1
                 placed = False
-                await self._wait(request, full, needed_s(), began, self._events)
+                try:
+                    await self._wait(request, full, needed_s(), began, self._events)
+                except Overloaded:
+                    self._let_in()  # the place that was given up may be somebody's who waits for one only
+                    raise
                 placed, waited_s = True, self._clock.monotonic() - began
         finally:
             if placed:
@@ -187,4 +191,4 @@ class _Holder:
 
 def _question(request: InferenceRequest) -> Hashable:
     """Equal for requests of one class that find the same targets full."""
-    return request.model, request.variant, request.accuracy, request.priority, request.allowed_regions
+    return request.model, request.variant, request.accuracy, request.priority, request.allowed_regions, request.avoid

@@ -16,7 +16,7 @@ from agent.routing.estimate import FRESH_S, Estimate, Habit, TrackRecord
 from agent.routing.policy import Policy
 from agent.routing.retry_budget import RetryBudget
 from agent.routing.walk import MARGIN_S, NoAnswer, Routed, Variants, Walk, breaker_reason
-from agent.targets.base import Target, TargetTraits
+from agent.targets.base import Availability, Target, TargetTraits
 
 __all__ = ["Among", "NoAnswer", "Routed", "Router", "Variants", "of_the_catalogue"]
 
@@ -276,8 +276,20 @@ def target_status(state: TargetState, now: float) -> dict[str, Any]:
     }
 
 
+def _looked(state: TargetState, now: float) -> Availability:
+    """Whether it can be asked; and if it was away until now, it begins anew."""
+    availability = state.target.availability()
+    if availability.available and not state.was_available:
+        state.breaker.came_back(now)
+        for record in state.records.values():
+            record.came_back()
+    state.was_available = availability.available
+    return availability
+
+
 def _asked(state: TargetState, now: float) -> tuple[bool, str]:
-    availability, passes = state.target.availability(), state.breaker.allows(now)
+    availability = _looked(state, now)
+    passes = state.breaker.allows(now)
     reason = availability.reason or ("" if passes else breaker_reason(state.breaker, now))
     return availability.available and passes, reason
 
@@ -291,10 +303,7 @@ class _Facts(NamedTuple):
 
 
 def _facts(state: TargetState, latency_class: LatencyClass, now: float) -> _Facts:
-    availability, breaker = state.target.availability(), state.breaker
-    if availability.available and not state.was_available:
-        breaker.came_back(now)
-    state.was_available = availability.available
+    availability, breaker = _looked(state, now), state.breaker
     return _Facts(
         "" if availability.available else availability.reason or "unavailable",
         "" if breaker.allows(now) else breaker_reason(breaker, now),

@@ -164,6 +164,10 @@ class Engine(Protocol):
 
     def submit(self, sha256: str, inputs: Tensors) -> Run: ...
 
+    def has(self, sha256: str) -> bool:
+        """Whether a model that was loaded still can be run: one may be left out that takes the child down."""
+        ...
+
     @property
     def in_flight(self) -> int:
         """Inferences that wait or run, abandoned ones included."""

@@ -224,6 +224,9 @@ class ProcessEngine:
         self._dispatch(child)
         return call
 
+    def has(self, sha256: str) -> bool:
+        return sha256 in self._files
+
     def problem(self) -> str:
         child = self._child
         if child is None or self._problem:

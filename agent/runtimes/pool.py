@@ -211,6 +211,10 @@ class RuntimePool:
         self._busy.add(outcome.compute_s)
         return outcome
 
+    def has(self, sha256: str) -> bool:
+        """Whether it can be run: it was loaded, and not left out since."""
+        return sha256 in self._models and self._engine.has(sha256)
+
     def loaded(self, sha256: str) -> LoadedModel | None:
         model = self._models.get(sha256)
         return None if model is None else model.loaded

@@ -68,6 +68,9 @@ class _Plan:
         return from_variant(outputs, self.variant, self._family)
 
 
+LEFT_OUT = "left out, because it ended the runtime process each time"
+
+
 class GatewayTarget:
     """Runs the catalogue's `edge_gpu` variants. `max_bytes` is the largest model file that is loaded; `confinement` is
     for a catalogue that nobody vouches for."""
@@ -114,6 +117,9 @@ class GatewayTarget:
 
     def parts(self) -> Mapping[str, Reading]:
         broken = [f"{name}: {why}" for name, why in self._refused.items() if name not in self._too_large]
+        broken += [
+            f"{name}: {LEFT_OUT}" for name, plan in self._plans.items() if not self._pool.has(plan.variant.sha256)
+        ]
         found = {"models": Reading.working("; ".join(broken) if self._loaded else self._not_loaded.reason)}
         if self._pool.in_process:
             problem = self._pool.problem()
@@ -144,9 +150,11 @@ class GatewayTarget:
         if not self._loaded:
             return family.variants_for("edge_gpu", pinned)
         if pinned is None:
-            return self._runnable.get(family.name, ())
-        plan = self._plans.get(f"{family.name}/{pinned}")
-        return () if plan is None else (plan.variant,)
+            found = self._runnable.get(family.name, ())
+        else:
+            plan = self._plans.get(f"{family.name}/{pinned}")
+            found = () if plan is None else (plan.variant,)
+        return tuple(variant for variant in found if self._pool.has(variant.sha256))
 
     async def infer(self, request: InferenceRequest, family: Family, variant: Variant, deadline: float) -> TargetAnswer:
         began = self._clock.monotonic()

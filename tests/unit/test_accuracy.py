@@ -156,7 +156,16 @@ def test_what_was_seen_of_another_file_does_not_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [b"", b"[]", b"{", b'{"KEY": 3}', b'{"KEY": {"agreed": "012", "alarm": false}}', b"\xff"]
+    "damage",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b'{"KEY": 3}',
+        b'{"KEY": {"agreed": "012", "alarm": false}}',
+        b'{"KEY": {"agreed": "01"}}',
+        b"\xff",
+    ],
 )
 def test_a_damaged_file_is_no_reason_not_to_start(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "accuracy.json"

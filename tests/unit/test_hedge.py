@@ -16,6 +16,7 @@ from agent.core.errors import TargetBusy, TargetError, TargetFailed
 from agent.core.types import InferenceRequest, LatencyClass, TargetAnswer, Tier
 from agent.registry.catalog import Family, Variant
 from agent.routing.breaker import BreakerState
+from agent.routing.limits import limits_of
 from agent.routing.router import NoAnswer, Routed, Router
 from hil.sim.loop import VirtualClock, VirtualLoop, run_virtual
 
@@ -293,3 +294,32 @@ async def test_a_second_that_filled_up_meanwhile_is_not_asked(family: Family) ->
     routed = await pair.run(family)
     assert outcomes(routed.attempts) == [("edge_mcu", "ok")]
     assert not pair.second.asked
+
+
+@virtual
+async def test_many_at_once_keep_to_the_places_of_the_target(family: Family) -> None:
+    """A second may be started, so each attempt is a task of its own: its place is taken before it begins."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    clock, peak = VirtualClock(loop), 0
+
+    async def slow(request: InferenceRequest, variant: Variant, deadline: float) -> TargetAnswer:
+        nonlocal peak
+        peak = max(peak, first.running)
+        await asyncio.sleep(0.004)
+        return make_answer()
+
+    first = FakeTarget(Tier.EDGE_MCU, slow, prior_s=SLOW_S, max_concurrent=4, parallel=100)
+    second = FakeTarget(Tier.EDGE_GPU, answers, prior_s=QUICK_S, max_concurrent=4, parallel=100)
+    settings = RoutingSection()
+    router = Router(
+        [first, second],
+        settings,
+        clock,
+        limit_for=limits_of(settings.overload),
+        accuracy_of=lambda variant: RIGHT[variant.id],
+    )
+    asked = [make_request(clock, 10.0, id=str(i), latency_class=LatencyClass.REALTIME) for i in range(50)]
+    await asyncio.gather(*(router.run(one, family) for one in asked), return_exceptions=True)
+    assert peak == 4
+    assert all(state.in_flight == 0 for state in router._states.values())

@@ -8,7 +8,10 @@ import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import flatbuffers
+import numpy as np
 import pytest
+from ai_edge_litert import schema_py_generated as schema
 
 from agent.config import GpuSection
 from agent.core.clock import SystemClock
@@ -36,6 +39,46 @@ def refused(tmp_path: Path, data: bytes, suffix: str = "onnx") -> str:
     with pytest.raises(ValueError, match="its structure is wrong") as found:
         check_structure(path.name, data, suffix)
     return str(found.value)
+
+
+def shared_operators(count: int) -> bytes:
+    """A TFLite file of `count` operators that are one and the same table, whose inputs are `count` times tensor 0."""
+    builder = flatbuffers.Builder(1 << 20)
+    schema.OperatorCodeStart(builder)
+    code = schema.OperatorCodeEnd(builder)
+    schema.TensorStart(builder)
+    tensor = schema.TensorEnd(builder)
+    schema.BufferStart(builder)
+    buffer = schema.BufferEnd(builder)
+    inputs = builder.CreateNumpyVector(np.zeros(count, np.int32))
+    schema.OperatorStart(builder)
+    schema.OperatorAddInputs(builder, inputs)
+    operator = schema.OperatorEnd(builder)
+
+    def vector(table: int, times: int = 1) -> int:
+        builder.StartVector(4, times, 4)
+        for _ in range(times):
+            builder.PrependUOffsetTRelative(table)
+        return builder.EndVector()
+
+    tensors, operators = vector(tensor), vector(operator, count)
+    schema.SubGraphStart(builder)
+    schema.SubGraphAddTensors(builder, tensors)
+    schema.SubGraphAddOperators(builder, operators)
+    graph = schema.SubGraphEnd(builder)
+    codes, graphs, buffers = vector(code), vector(graph), vector(buffer)
+    schema.ModelStart(builder)
+    schema.ModelAddVersion(builder, 3)
+    schema.ModelAddOperatorCodes(builder, codes)
+    schema.ModelAddSubgraphs(builder, graphs)
+    schema.ModelAddBuffers(builder, buffers)
+    builder.Finish(schema.ModelEnd(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+def test_a_small_file_that_points_to_the_same_thing_again_and_again(tmp_path: Path) -> None:
+    check_structure("m", shared_operators(100), "tflite")
+    assert "more than 1048576" in refused(tmp_path, shared_operators(65_536), "tflite")
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)

@@ -16,6 +16,9 @@ import yaml
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 
+from agent.core.errors import ConfigError
+from agent.registry.selftest import load_selftest
+
 MODELS = Path(__file__).resolve().parents[2] / "models"
 CATALOG: dict[str, Any] = yaml.safe_load((MODELS / "catalog.yaml").read_text(encoding="utf-8"))
 VARIANTS = [
@@ -215,3 +218,18 @@ def test_micro_runtime(family: dict[str, Any], variant: dict[str, Any]) -> None:
     stored = encode(heldout(family)[0], variant["inputs"][0])
     difference = run(variant, stored).astype(int) - [invoke(row) for row in stored]
     assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("damage", ["cut off", "a byte", "a block"])
+def test_a_damaged_selftest_is_said_as_such(tmp_path: Path, damage: str) -> None:
+    data = next(MODELS.rglob("*.selftest.npz")).read_bytes()
+    path = tmp_path / "x.npz"
+    path.write_bytes(
+        {
+            "cut off": data[: len(data) // 2],
+            "a byte": data[:200] + bytes([data[200] ^ 255]) + data[201:],
+            "a block": data[:40] + bytes(30) + data[70:],
+        }[damage]
+    )
+    with pytest.raises(ConfigError, match=r"x\.npz: is no self-test"):
+        load_selftest(path)

@@ -9,7 +9,7 @@ from fakes import INPUT
 
 from agent.config import OverloadSection
 from agent.core.errors import Overloaded
-from agent.core.types import InferenceRequest, LatencyClass
+from agent.core.types import InferenceRequest, LatencyClass, Tier
 from agent.routing.queue import RequestQueue
 from agent.routing.walk import NoAnswer
 from hil.sim.loop import VirtualClock, VirtualLoop, run_virtual
@@ -196,3 +196,58 @@ async def test_what_an_answer_raises_passes_and_frees_the_place() -> None:
     with pytest.raises(NoAnswer):
         await house.infer("a")
     assert house.empty()
+
+
+@virtual
+async def test_one_that_may_not_use_the_free_target_does_not_hold_up_one_that_may() -> None:
+    """A board's escalation does not go back to the board."""
+    house = House()
+    room = {"edge_mcu": 0, "edge_gpu": 0}
+
+    async def infer(name: str, avoid: frozenset[Tier]) -> str:
+        able = [target for target in room if target not in avoid]
+
+        async def ask() -> str:
+            if not any(room[target] for target in able):
+                raise NoAnswer((), (), late=False, busy=True, cost_usd=0.0, decision=None)  # type: ignore[arg-type]
+            return name
+
+        now = house.clock.monotonic()
+        request = InferenceRequest(name, "toy", {"window": INPUT}, NEAR, now, now + 10, 5, avoid=avoid)
+        full = lambda: not any(room[target] for target in able)  # noqa: E731
+        return (await house.queue.run(request, ask, full=full, needed_s=lambda: 0.1))[0]
+
+    escalation = asyncio.create_task(infer("escalation", frozenset({Tier.EDGE_MCU})))
+    await asyncio.sleep(0.1)
+    ordinary = asyncio.create_task(infer("ordinary", frozenset()))
+    await asyncio.sleep(0.1)
+    room["edge_mcu"] = 1
+    house.queue.room()
+    assert await ordinary == "ordinary"
+    assert house.clock.monotonic() < 1.0
+    with pytest.raises(Overloaded):
+        await escalation
+    assert house.empty()
+
+
+@virtual
+async def test_a_place_that_is_given_up_for_good_is_handed_on() -> None:
+    house = House(places=1)
+    first = asyncio.create_task(_finds_its_target_full(house))
+    await asyncio.sleep(0.01)
+    began = house.clock.monotonic()
+    assert (await house.infer("second", within_s=5.0))[0] == "second"
+    assert house.clock.monotonic() - began < 2.0
+    with pytest.raises(Overloaded):
+        await first
+    assert house.empty()
+
+
+async def _finds_its_target_full(house: House) -> tuple[str, float]:
+    async def ask() -> str:
+        await asyncio.sleep(0.5)
+        raise NoAnswer((), (), late=False, busy=True, cost_usd=0.0, decision=None)  # type: ignore[arg-type]
+
+    now = house.clock.monotonic()
+    request = InferenceRequest("first", "other", {"window": INPUT}, NEAR, now, now + 0.6, 5)
+    return await house.queue.run(request, ask, full=lambda: True, needed_s=lambda: 0.2)

@@ -2,6 +2,8 @@
 
 import pytest
 from fakes import (
+    AVAILABLE,
+    UNPLUGGED,
     FakeTarget,
     answers,
     family_document,
@@ -17,7 +19,7 @@ from agent.core.clock import ManualClock
 from agent.core.errors import TargetFailed
 from agent.core.types import AccuracyMode, InferenceRequest, LatencyClass, TargetAnswer, Tier
 from agent.registry.catalog import Family, Variant
-from agent.routing.router import Router
+from agent.routing.router import NoAnswer, Router
 from agent.targets.base import Availability
 
 GPU, MCU, CLOUD = Tier.EDGE_GPU, Tier.EDGE_MCU, Tier.CLOUD_GPU
@@ -105,3 +107,31 @@ def _of_shape(digit: str, shape: list[int]) -> dict[str, object]:
         sha256=digit * 64,
         inputs=[{"name": "in", "maps": "window", "shape": shape, "dtype": "float32"}],
     )
+
+
+async def test_a_target_that_comes_back_starts_with_the_priors_success(family: Family, clock: ManualClock) -> None:
+    gpu = FakeTarget(GPU, raises(TargetFailed("it goes away")))
+    router = Router([gpu], RoutingSection(), clock)
+    state, variant = router._states["edge_gpu"], family.variants["medium"]
+    prior = state.estimate(variant, clock.monotonic()).success
+    for _ in range(5):
+        with pytest.raises(NoAnswer):
+            await router.run(make_request(clock), family)
+    assert state.estimate(variant, clock.monotonic()).success < 0.9
+    gpu.state = UNPLUGGED
+    router.decide(make_request(clock), family, clock.monotonic())
+    gpu.state = AVAILABLE
+    router.decide(make_request(clock), family, clock.monotonic())
+    assert state.estimate(variant, clock.monotonic()).success == pytest.approx(prior)
+
+
+async def test_one_that_was_away_between_two_requests_is_asked_at_once(family: Family, clock: ManualClock) -> None:
+    """The daemon looks at its parts every second, whether or not somebody asks."""
+    mcu = FakeTarget(MCU, raises(TargetFailed("hangs", permanent=True)))
+    router = Router([mcu], RoutingSection(), clock)
+    with pytest.raises(NoAnswer):
+        await router.run(make_request(clock), family)
+    mcu.state = UNPLUGGED
+    router.standings()
+    mcu.state, mcu.behaviour = AVAILABLE, answers
+    assert (await router.run(make_request(clock), family)).traits.name == "edge_mcu"

@@ -17,6 +17,7 @@ from agent.core.types import InferenceRequest, LatencyClass, Tensor, Tier
 from agent.registry.catalog import Catalog, Family, Variant, load_catalog
 from agent.registry.tensors import classify, from_variant, to_variant
 from agent.runtimes.base import Format, Runtime, RuntimeUnavailable
+from agent.runtimes.isolated import ProcessEngine
 from agent.runtimes.litert import LiteRtRuntime
 from agent.runtimes.pool import RuntimePool
 from agent.runtimes.runners import RuntimeOptions
@@ -234,4 +235,18 @@ async def test_status_is_plain_json(isolation: str) -> None:
     for model in pool["models"].values():
         assert model["service_ms_p50"] > 0
         assert "litert" in model["provider"]
+    await target.stop()
+
+
+async def test_a_model_that_was_left_out_is_not_asked_and_takes_no_other_along() -> None:
+    """Of a runtime process it is forgotten after it ended that process three times."""
+    target = await started(settings=GpuSection(isolation="process"))
+    bad, good = chosen(target, DIGITS), chosen(target, CATALOG.families["motion"])
+    engine = target._pool._engine
+    assert isinstance(engine, ProcessEngine)
+    del engine._files[bad.sha256]
+    assert list(target.variants_for(DIGITS, None)) == [] and list(target.variants_for(DIGITS, bad.id)) == []
+    assert list(target.variants_for(CATALOG.families["motion"], None)) == [good]
+    models = target.parts()["models"]
+    assert bad.name in models.reason and "left out" in models.reason
     await target.stop()
