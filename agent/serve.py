@@ -139,8 +139,12 @@ class Service:
         door = app.http.hand_over()
         await app.stop()
         _log_as(new)
+        same = _same_door(old, new)
+        if door is not None and not same and old.config.http.port == new.config.http.port:
+            door.close()  # else the same port of another address would be taken: by ourselves
+            door = None
         try:
-            await self._start(successor, door if _same_door(old, new) else None)
+            await self._start(successor, door if same else None)
         except (ConfigError, LinkError) as error:
             return await self._go_back(successor, old, door, error)
         finally:

@@ -177,8 +177,12 @@ class Asker:
             producer.busy, producer.fresh = True, False
             task = asyncio.get_running_loop().create_task(self._serve(name, producer))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(self._ended)
         return wait_s
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._wake.set()  # only now is its place free
 
     async def _serve(self, name: str, producer: _Producer) -> None:
         """A page of one producer's requests, in order, up to the first that cannot be answered now."""
@@ -205,7 +209,6 @@ class Asker:
             producer.busy = False
             if not more and not producer.fresh:
                 self._producers.pop(name, None)
-            self._wake.set()
 
     async def _paced(self) -> None:
         while not self._pace.take(self._clock.monotonic()):  # noqa: ASYNC110  time is what it waits for

@@ -179,7 +179,9 @@ class DurableDoor:
             self._owed.ready(ready)
             return
         try:
-            if len(self._tasks) >= self._limit:  # only without acknowledgements, QoS 0: else the broker waits
+            # What is to be acknowledged is bounded by the broker's window, and by `outbox.max_waiting` where what was
+            # taken from a lost connection waits as well. A refusal would be acknowledged, and let the next one come.
+            if message.acknowledge is None and len(self._tasks) >= self._limit:
                 raise Overloaded(f"{self._limit} requests wait for the disk already", retry_after_s=1.0)
             request = read()
         except Exception as error:

@@ -109,8 +109,7 @@ class HttpServer:
         self._server.should_exit = True
         await asyncio.wait((self._task,), timeout=math.ceil(limit_s) + 1)
         self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        await asyncio.wait((self._task,))  # what it ended with is `keep`'s to tell
         cancelled = set(self._server.server_state.tasks)
         if cancelled:
             await asyncio.wait(cancelled, timeout=1)

@@ -117,6 +117,7 @@ class MqttDoor:
         self._busy_sensors: Counter[str] = Counter()
         self._shown: Any = None
         self._kept: dict[str, dict[str, Any]] = {}
+        self._untold: set[str] = set()
         self._status_task: asyncio.Task[None] | None = None
 
     @property
@@ -347,9 +348,11 @@ class MqttDoor:
 
     def _publish_kept(self, below: str) -> None:
         payload = to_json({"gateway": self._gateway_id, **self._kept[below]})
-        with contextlib.suppress(LinkError):  # it is published again when the link is
+        self._untold.add(below)
+        with contextlib.suppress(LinkError):  # it is published again when the link is, or has room
             topic = f"{self._prefix}/{below}"
             self.link.publish(topic, payload, qos=1, retain=True, properties=MessageProperties(JSON))
+            self._untold.discard(below)
 
     async def _keep_status(self) -> None:
         """Publish on change, and every `status_interval_s` even without one."""
@@ -359,6 +362,8 @@ class MqttDoor:
             await asyncio.sleep(min(STATUS_CHECK_S, self._status_interval_s))
             try:
                 self._publish_status(only_if_changed=loop.time() < due)
+                for below in tuple(self._untold) if self.link.connected else ():
+                    self._publish_kept(below)
             except Exception:
                 log.exception("the status could not be published")
             if loop.time() >= due:

@@ -353,6 +353,8 @@ class MqttLink:
             callback = self._route(message.topic)
         if callback is None:
             self.counters.unrouted += 1
+            if message.acknowledge is not None:  # or it holds its place in the broker's window for ever
+                message.acknowledge()
         else:
             self._guard(callback, message)
 

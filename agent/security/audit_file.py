@@ -41,6 +41,9 @@ class AuditFiles:
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._claim()
+        if self._fd >= 0:  # of a try that failed
+            os.close(self._fd)
+            self._fd = -1
         files = audit_files(self.folder)
         if not files:
             self._begin()
@@ -59,6 +62,7 @@ class AuditFiles:
             made += line
         if self._torn:
             os.ftruncate(self._fd, self._size)
+            self._torn = False
         if self._fd < 0:
             self._begin()
         elif self._size and self._size + len(made) > self._max_bytes:

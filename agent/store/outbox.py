@@ -159,8 +159,12 @@ class Outbox:
         """The next items of a route, or of one producer on it, oldest first. Blocking. Raises `NotStored` while the
         file cannot be read."""
         leaving = self._leaving.copy()
-        found = self._read(lambda reader: page(reader, route, after, rows, max_bytes, producer))
-        return [stored for stored in found if stored.seq not in leaving]
+        while True:
+            found = self._read(lambda reader: page(reader, route, after, rows, max_bytes, producer))  # noqa: B023
+            staying = [stored for stored in found if stored.seq not in leaving]
+            if staying or not found:  # a page of nothing but those that leave is not the end
+                return staying
+            after = found[-1].seq
 
     def producers(self) -> list[str]:
         """Everybody who has an item on the route `BY_PRODUCER`. Blocking. Raises as `page` does."""

@@ -25,6 +25,9 @@ REMEMBERED_PER_ROW = 4
 """Keys remembered for each row that the outbox may hold, so that a repeat is known after its item was delivered."""
 PURGE_SHARE = 16
 """The remembered keys are looked through after this part of them was added."""
+ARRIVAL_S = 600.0
+"""How long a message that the broker sends again is known by its packet identifier and content, in running time: the
+identifier is another message's later on, and a sensor may well say the same again."""
 BY_PRODUCER = "ask"
 """The route whose items are looked for by producer. Those of every other are looked for in their order."""
 
@@ -333,7 +336,11 @@ class OutboxFile:
         row = (item.producer, item.key, item.id, item.question, running_s)
         if not item.repeat:
             run("INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?, ?)", row)
-        elif not run("INSERT INTO known VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", row).rowcount:
+        elif not run(
+            "INSERT INTO known VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET id = excluded.id, question ="
+            " excluded.question, created = excluded.created WHERE known.key LIKE 'mqtt:%' AND known.created < ?",
+            (*row, running_s - ARRIVAL_S),
+        ).rowcount:
             id_, question = run(
                 "SELECT id, question FROM known WHERE producer = ? AND key = ?", (item.producer, item.key)
             ).fetchone()

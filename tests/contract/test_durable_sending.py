@@ -191,3 +191,32 @@ async def test_unacknowledged_messages_come_again_in_the_same_session(tmp_path: 
     got[1].acknowledge()  # of a connection that is gone: nothing happens
     await second.stop()
     await other.stop()
+
+
+async def test_a_subscription_that_a_former_daemon_left_does_not_hold_up_the_others(broker: Broker) -> None:
+    """The broker keeps it with the session; what comes by it is nobody's, and is acknowledged all the same."""
+    fast = {"backoff_initial_s": 0.02, "backoff_max_s": 0.1}
+    options = LinkOptions(
+        broker.url, "kept", session_expiry_s=60, manual_acknowledgement=True, receive_maximum=4, **fast
+    )
+    former = MqttLink(options)
+    for topic in ("plant/old", "in"):
+        await former.subscribe(topic, void)
+    await former.start()
+    await until(lambda: former.connected)
+    await former.stop()
+    other = MqttLink(LinkOptions(broker.url, "other", **fast))
+    await other.start()
+    await until(lambda: other.connected)
+    got: list[Message] = []
+    link = MqttLink(options)
+    await link.subscribe("in", got.append)
+    await link.start()
+    await until(lambda: link.connected)
+    for _ in range(8):
+        await other.publish_acknowledged("plant/old", b"x")
+    await other.publish_acknowledged("in", b"request")
+    await until(lambda: got, what="what it does want")
+    assert link.counters.unrouted == 8
+    await link.stop()
+    await other.stop()

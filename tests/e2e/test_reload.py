@@ -117,6 +117,16 @@ def test_the_same_again_is_read_again(gateway: Gateway) -> None:
     wait_until(gateway.complete, "every tier available")
 
 
+def test_another_address_of_the_same_port(gateway: Gateway) -> None:
+    """`localhost` first, which is the same door; then all of them, which the daemon's own would keep it from."""
+    document = yaml.safe_load((gateway.stage.folder / "daemon.yaml").read_text())
+    port = gateway.get("/status")["doors"]["http"]["port"]
+    for http in ({"host": "localhost", "port": port}, {"host": "127.0.0.1", "port": port}):
+        settings = reload(gateway, document | {"http": http})
+        assert settings["problem"] == ""
+        wait_until(gateway.complete, "every tier available")
+
+
 def test_what_only_a_start_can_tell_brings_the_former_one_back(gateway: Gateway) -> None:
     before = gateway.get("/status")["settings"]
     former = yaml.safe_load((gateway.stage.folder / "daemon.yaml").read_text())

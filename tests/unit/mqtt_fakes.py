@@ -15,7 +15,7 @@ from agent.core.clock import SystemClock
 from agent.core.errors import InferenceError
 from agent.core.types import InferenceRequest, InferenceResult, LatencyClass, Tensors, Tier
 from agent.durable.records import Return
-from agent.link.mqtt import Message, MessageProperties
+from agent.link.mqtt import LinkState, Message, MessageProperties
 from agent.registry.catalog import Catalog, Variant
 from agent.routing.admission import Admission
 from agent.runtimes.base import LoadedModel, ModelFile, RunOutcome
@@ -182,10 +182,15 @@ class FakeLink:
 
     def __init__(self) -> None:
         self.callbacks: dict[str, Callable[[Message], None]] = {}
+        self.listeners: list[Callable[[LinkState], None]] = []
         self.published: list[tuple[str, str, dict[str, Any]]] = []
 
-    def on_state(self, listener: object) -> None:
-        pass
+    def on_state(self, listener: Callable[[LinkState], None]) -> None:
+        self.listeners.append(listener)
+
+    def lost(self) -> None:
+        for listener in self.listeners:
+            listener(LinkState(False, 0.0, "lost"))
 
     async def subscribe(self, topic: str, callback: Callable[[Message], None], **_: Any) -> None:
         self.callbacks[topic] = callback

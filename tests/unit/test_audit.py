@@ -391,6 +391,52 @@ def test_a_batch_written_in_part_is_cut_off_before_the_next(tmp_path: Path, monk
     assert (verified(tmp_path).broken, verified(tmp_path).lines) == (None, 2)
 
 
+def test_it_goes_on_when_there_is_room_again_for_the_next_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, entry = opened(tmp_path, max_bytes=2000), {"what": "x" * 200}
+    files.append([entry])
+    write, begin = os.write, os.open
+
+    def no_room(path: Any, *given: Any, **named: Any) -> int:
+        if "audit-" in str(path):
+            raise OSError(28, "No space left on device")
+        return begin(path, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda fd, data: write(fd, bytes(data)[:10]))
+        with pytest.raises(OSError, match="part"):
+            files.append([entry])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", no_room)
+        with pytest.raises(OSError, match="No space"):
+            files.append([entry] * 6)
+    files.append([entry])
+    files.close()
+    assert (verified(tmp_path).broken, verified(tmp_path).lines) == (None, 2)
+
+
+def test_a_file_that_cannot_be_read_costs_no_descriptor_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = opened(tmp_path)
+    files.append([{"n": 1}])
+    files.close()
+
+    def bad(*given: Any) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", bad)
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(20):
+            with pytest.raises(OSError, match="Input/output"):
+                files.open()
+        assert len(os.listdir("/proc/self/fd")) < before + 4
+    files.open()
+    files.append([{"n": 2}])
+    files.close()
+    assert verified(tmp_path).lines == 2
+
+
 def test_a_damaged_last_file_is_set_aside_and_named(trail: Trail) -> None:
     trail.open(max_file_bytes=4096).act("one")
     trail.lines()

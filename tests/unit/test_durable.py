@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from agent.config import OutboxSection, RoutingSection
 from agent.core.clock import ManualClock
 from agent.core.errors import InferenceError, InvalidRequest, Unavailable, UnknownModel
 from agent.core.types import InferenceRequest, InferenceResult
+from agent.durable import asker as durable_asker
 from agent.durable.asker import Asker, put
 from agent.durable.pace import Pace
 from agent.durable.records import LOCAL, UPLINK, Return, arrival_key, message_of, request_item, stored_request
@@ -257,3 +260,36 @@ def test_pubacks_keep_the_order_of_their_messages() -> None:
     assert sent == []
     owed.ready(first)
     assert sent == [0, 1, 2]
+
+
+async def test_a_backlog_of_many_producers_is_worked_off_without_a_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One commit tells all that were being asked, so they end in the same turn of the loop: their places are free."""
+    monkeypatch.setattr(durable_asker, "IDLE_S", 1e6)
+    monkeypatch.setitem(globals(), "SETTINGS", SETTINGS.model_copy(update={"commit_wait_ms": 50}))
+    rig = Rig(tmp_path)
+    rig.outbox.start()
+    await until(lambda: rig.outbox.ready)
+    await asyncio.gather(*(rig.accept(rig.request(f"r{i}", f"p{i}")) for i in range(40)))
+    work = asyncio.create_task(rig.asker.work())
+    await until(lambda: len(rig.results()) == 40, what="all are answered")
+    work.cancel()
+    await rig.asker.close(1.0)
+    await asyncio.to_thread(rig.outbox.close)
+
+
+async def test_requests_behind_a_page_of_damaged_ones_are_answered(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.outbox.start()
+    await until(lambda: rig.outbox.ready)
+    for i in range(20):
+        await rig.accept(rig.request(f"r{i}"))
+    with contextlib.closing(sqlite3.connect(tmp_path / "outbox.sqlite")) as file, file:
+        file.execute("UPDATE items SET head = x'00' WHERE seq <= 16")
+    rig.outbox.stored = lambda fresh: None  # nobody asks again meanwhile
+    work = asyncio.create_task(rig.asker.work())
+    await until(lambda: len(rig.results()) == 4, what="the good ones are answered")
+    work.cancel()
+    await rig.asker.close(1.0)
+    await asyncio.to_thread(rig.outbox.close)

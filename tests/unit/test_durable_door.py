@@ -129,3 +129,32 @@ async def test_too_large_is_refused_before_it_is_read(rig: Rig) -> None:
     told = await rig.send("edge/gw/durable/toy/m7", b"[" * 1025)
     assert told is not None
     assert told[0] == "too_large"
+
+
+async def test_while_the_disk_stalls_nothing_is_acknowledged_on_any_connection(rig: Rig) -> None:
+    """The broker sends a whole window again after a reconnect; a refusal would be acknowledged, and let more come."""
+    stalled = asyncio.Event()
+    accept = rig.desk.accept
+
+    async def later(*given: Any, **named: Any) -> Any:
+        await stalled.wait()
+        return await accept(*given, **named)
+
+    rig.desk.accept = later  # type: ignore[method-assign]
+    rig.door._guard = Guard(SecuritySection(), rig.clock)
+    take = rig.desk.link.callbacks["plant/+"]
+
+    def send(number: int, again: bool) -> None:
+        properties, now = MessageProperties(), rig.clock.monotonic()
+        take(Message("plant/a", READING, 1, False, properties, now, number, again, acknowledge=rig._acknowledge))
+
+    window = rig.door._limit
+    for number in range(1, window + 1):
+        send(number, False)
+    rig.desk.link.lost()
+    for number in range(1, window + 1):
+        send(number, True)
+    await asyncio.sleep(0)
+    assert rig.acknowledged == 0
+    stalled.set()
+    await until(lambda: rig.acknowledged == window, what="what the new connection is owed")

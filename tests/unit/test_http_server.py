@@ -272,3 +272,18 @@ async def test_a_port_that_is_taken(app: FastAPI, server: HttpServer) -> None:
 async def test_the_server_leaves_signals_alone(server: HttpServer) -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert server.status()["connections"] == 0
+
+
+async def test_a_server_that_died_of_something_is_stopped_like_any_other(app: FastAPI) -> None:
+    """Else nothing that is to be closed after it would be."""
+    server = HttpServer(app, HttpSection(port=0))
+    await server.start()
+
+    async def fails(counter: int) -> bool:
+        raise OSError(24, "Too many open files")
+
+    server._server.on_tick = fails  # type: ignore[method-assign]
+    async with asyncio.timeout(DEADLINE_S):
+        with pytest.raises(OSError, match="Too many open files"):
+            await server.keep(lambda: None)
+        await server.stop(1)

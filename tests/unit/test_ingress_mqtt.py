@@ -17,7 +17,7 @@ from agent.core.clock import SystemClock
 from agent.core.errors import InferenceError, Unavailable
 from agent.core.types import InferenceRequest, InferenceResult, LatencyClass
 from agent.ingress.mqtt import MqttDoor
-from agent.link.mqtt import LinkOptions, Message, MessageProperties, MqttLink
+from agent.link.mqtt import LinkFull, LinkOptions, Message, MessageProperties, MqttLink
 from agent.telemetry.metrics import Metrics
 from tests.brokers import MOSQUITTO, Broker, mosquitto, running, until
 from tests.unit.mqtt_fakes import FakeCore
@@ -401,6 +401,22 @@ async def test_what_is_kept_is_retained_replaced_and_there_again_after_a_reconne
     assert kept[0].retain
     assert json.loads(kept[0].payload)["active"] is True
     await late.stop()
+
+
+async def test_an_alarm_for_which_there_was_no_room_is_published_later(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Message] = []
+    await rig.client.subscribe("edge/gw/alarms/#", told.append)
+
+    def full(*given: Any, **named: Any) -> None:
+        raise LinkFull("the window is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.door.link, "publish", full)
+        rig.door.keep("alarms/outbox", {"active": True})
+    await until(lambda: told, what="it is said when there is room")
+    assert json.loads(told[0].payload) == {"gateway": "gw", "active": True}
 
 
 async def test_closed_door_answers_what_is_inside(rig: Rig) -> None:

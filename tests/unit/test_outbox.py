@@ -16,6 +16,7 @@ import pytest
 from agent.config import OutboxSection
 from agent.core.clock import ManualClock
 from agent.core.errors import InferenceError, InvalidRequest, NotStored, OutboxFull
+from agent.durable.records import arrival_key
 from agent.store.outbox import Item, Outbox, Receipt
 from agent.store.outbox_file import ROW_BYTES
 
@@ -422,3 +423,18 @@ def test_a_thread_that_fails_goes_on_and_nobody_waits_for_ever(
     with sqlite3.connect(box.path) as other:
         assert other.execute("SELECT COUNT(*) FROM items WHERE id = 'kept'").fetchone() == (0,)
     box.close()
+
+
+def test_a_packet_identifier_is_another_messages_later(box: Box) -> None:
+    """The broker marks a message as sent again that never arrived; the identifier and the content were seen before."""
+    key = arrival_key("plant/parts/7", b"[0,0,0,0]", None, 5)
+    assert isinstance(box.put(item("a", key=key, repeat=False)), Receipt)
+    box.clock.advance(60)
+    assert box.put(item("a", key=key, repeat=True)) == Receipt((), "a", True), "sent again after a short outage"
+    box.clock.advance(86_400)
+    later = box.put(item("b", key=key, repeat=True))
+    assert isinstance(later, Receipt) and later.id == "b" and not later.duplicate
+    assert box.put(item("b", key=key, repeat=True)) == Receipt((), "b", True)
+    callers = box.put(item("c", key="their own", repeat=True))
+    box.clock.advance(86_400)
+    assert isinstance(callers, Receipt) and box.put(item("d", key="their own")) == Receipt((), "c", True)
