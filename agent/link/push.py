@@ -173,9 +173,11 @@ async def _deliver(
 
 
 async def _active(session: Session, manifest: ModelBegin, clock: Clock) -> Slot | None:
-    """The slot that runs the model of this manifest."""
+    """The slot that runs the model of this manifest under its counter; the same file may be there under another."""
     active = (await session.refresh(clock.monotonic() + CHUNK_TIMEOUT_S)).active
-    return active if active is not None and active.sha256 == manifest.model_sha256 else None
+    if active is None or (active.sha256, active.counter) != (manifest.model_sha256, manifest.counter):
+        return None
+    return active
 
 
 async def send_chunks(

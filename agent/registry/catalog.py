@@ -388,6 +388,11 @@ def _other_data(catalog: Catalog) -> Iterator[str]:
             continue
         if not path.is_file() or not any(variant.calibration for variant in family.variants.values()):
             continue
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != family.data.heldout_sha256:
-                yield f"{at}.heldout_sha256: {family.data.heldout} is not the file recorded"
+        try:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            yield f"{at}.heldout: {error}"
+            continue
+        if found != family.data.heldout_sha256:
+            yield f"{at}.heldout_sha256: {family.data.heldout} is not the file recorded"

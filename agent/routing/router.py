@@ -206,7 +206,8 @@ class Router:
         decision, variants = self.decide(request, family, self._clock.monotonic(), among=among, deadline=end)
         self._remember(request, decision, variants, _habit(request, among))
         asking = Asking(request, family, end, self._clock, self._budgets)
-        self.retries.requested(self._clock.monotonic())
+        if among is None:  # else it is a further look at one that was counted
+            self.retries.requested(self._clock.monotonic())
         walk = Walk(asking, decision, variants, self._states, self._settings, self.retries)
         if self._watcher is not None:
             self._watcher(request, decision, walk.attempts)

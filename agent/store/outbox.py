@@ -389,8 +389,9 @@ class Outbox:
         return why
 
     def _disconnect(self) -> None:
-        self._running_s = self.running_s()
+        running_s = self.running_s()
         file, self._file = self._file, None
+        self._running_s = running_s  # not before: who asks meanwhile would add the time since the file was opened again
         if file is not None:
             file.close()
         with self._reading:

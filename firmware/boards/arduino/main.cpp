@@ -125,6 +125,9 @@ void setup() {
   EDGE_SERIAL.setRxBufferSize(EDGE_UART_RING);
 #elif defined(ARDUINO_ARCH_RP2040) && defined(EDGE_SERIAL_IS_UART)
   EDGE_SERIAL.setFIFOSize(EDGE_UART_RING);  // its USB has no such choice
+#elif defined(__IMXRT1062__) && defined(EDGE_SERIAL_IS_UART)
+  static uint8_t ring[EDGE_UART_RING];  // its own 64 bytes are full in 0.7 ms
+  EDGE_SERIAL.addMemoryForRead(ring, sizeof ring);
 #endif
   EDGE_SERIAL.begin(EDGE_BAUD);
   // Without flash the session still serves all that needs none, and says so in HELLO.
