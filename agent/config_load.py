@@ -32,7 +32,8 @@ MAX_DEPTH = 16
 """No key of the tree lies deeper than five levels."""
 _REFERENCE = re.compile(r"\$\{(credential:)?([A-Za-z0-9_.-]{1,100})\}")
 _SECRET_KEY = re.compile(r"password|secret|token|key$", re.IGNORECASE)
-_USERINFO = re.compile(r"//[^/]*@")
+_USERINFO = re.compile(r"//.*@", re.DOTALL)
+"""Up to the last @: a password that does not belong there may hold a slash as well."""
 
 _KUBERNETES = re.compile(r"EDGE_AGENT_(SERVICE_(HOST|PORT)|PORT$|PORT_\d+_)")
 """What Kubernetes sets for every container beside a service of the name `edge-agent`."""

@@ -202,7 +202,7 @@ class Pipeline:
         family = self._catalog.family(request.model)
         key = cache_key(request.model, request.variant, request.inputs)
         hit = self._cache.get(key)
-        if hit is not None and hit.state is Freshness.FRESH and request.use_cache:
+        if hit is not None and hit.state is Freshness.FRESH and self._wanted(request, hit):
             known = self._known(family, hit)
             if known is not None and self._cascade.enough(request, family, family.variants[hit.entry.variant], known):
                 why = "cache: the same input was answered before"
@@ -217,8 +217,10 @@ class Pipeline:
                 needed_s=lambda: self._router.quickest_s(request, family),
             )
         except Overloaded as refusal:
+            hit = hit and self._cache.get(key)
             return self._fallback(request, hit, refusal, (), (f"daemon: {refusal.message}",))
         except NoAnswer as failure:
+            hit = hit and self._cache.get(key)  # by now it is older, perhaps too old, or there is a newer one
             return self._fallback(request, hit, _refusal(failure), failure.attempts, failure.reasons, failure.cost_usd)
         result = self._fresh(request, answered, waited_s)
         self._cache.put(key, request.producer, result)
@@ -234,12 +236,22 @@ class Pipeline:
         except Exception:
             log.exception("an answer could not be watched", extra={"request_id": request.id})
 
+    @staticmethod
+    def _wanted(request: InferenceRequest, hit: Hit) -> bool:
+        """Whether a fresh answer will do: not where it is from a tier whose answer is to be improved on."""
+        return request.use_cache and hit.entry.tier not in request.avoid
+
     def _known(self, family: Family, hit: Hit) -> Classified | None:
-        """How sure a remembered answer is, by today's calibration; None if its variant has changed since."""
+        """What a remembered answer says, by today's labels and calibration; None if its variant has changed since, or
+        the catalogue calls its outputs by other names."""
         variant = family.variants.get(hit.entry.variant)
         if variant is None or variant.sha256 != hit.entry.model_sha256:
             return None
-        return classified(hit.entry.outputs, family, variant)
+        outputs = hit.entry.outputs
+        scores = outputs.get(family.outputs[0].name)
+        if scores is None or scores.size != len(family.labels):
+            return None
+        return classified(outputs, family, variant)
 
     def _fresh(self, request: InferenceRequest, answered: Answered, waited_s: float) -> InferenceResult:
         routed = answered.routed
@@ -295,7 +307,7 @@ class Pipeline:
             refusal.cost_usd = cost_usd
             raise refusal
         known = self._known(self._catalog.family(request.model), hit)
-        answer = self._remembered(request, hit, known, (*reasons, why))
+        answer = self._remembered(request, hit, known, (*request.notes, *reasons, why))
         return answer._replace(
             tier=Tier.FALLBACK,
             stale=True,
@@ -317,7 +329,7 @@ class Pipeline:
             variant=entry.variant,
             model_sha256=entry.model_sha256,
             outputs=entry.outputs,
-            label=entry.label,
+            label=entry.label if known is None else known.label,
             confidence=entry.confidence if known is None else known.confidence,
             tier=entry.tier,
             origin_tier=entry.tier,

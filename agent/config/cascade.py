@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from agent.config.base import Section
 
@@ -40,3 +40,9 @@ class DriftSection(Section):
     """Before which there is no alarm."""
     margin: float = Field(default=0.02, ge=0, lt=1)
     """By which agreement may be below the interval of the held-out data."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.min_samples > self.window:
+            raise ValueError("min_samples must not exceed window: there would never be an alarm")
+        return self

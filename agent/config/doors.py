@@ -82,7 +82,7 @@ class SensorSection(Section):
     """None: `accuracy.mode`."""
     shadow: bool = True
     """Whether readings may be asked again of the cloud in the background, where `shadow.rate` says so."""
-    allowed_regions: tuple[str, ...] = ()
+    allowed_regions: tuple[Name, ...] = Field(default=(), max_length=32)
     durable: bool = False
     """Readings are kept on the disk until they are answered, and answers until they are delivered; class `batch`."""
     uplink: bool = False

@@ -34,7 +34,7 @@ class StreamSection(Section):
     deadline_ms: float | None = Field(default=None, gt=0, le=3_600_000)
     """From the moment of the sample."""
     priority: Priority = 5
-    allowed_regions: tuple[str, ...] = ()
+    allowed_regions: tuple[Name, ...] = Field(default=(), max_length=32)
 
     @model_validator(mode="after")
     def _one_board(self) -> Self:

@@ -14,6 +14,7 @@ from agent.core.errors import InvalidRequest
 from agent.core.types import InferenceRequest
 from agent.ingress.payload import decode_json
 from agent.routing.admission import Admission
+from agent.wire.oip import holds_only
 
 _UNUSUAL = re.compile(r"[^A-Za-z0-9_.-]")
 
@@ -93,6 +94,8 @@ def _scaled(values: Any, scale: float) -> Any:
         return values
     if isinstance(values, Mapping):
         return {key: _scaled(value, scale) for key, value in values.items()}
+    if not holds_only(values, int, float):
+        return values
     try:
         array = np.asarray(values)
     except (ValueError, TypeError, OverflowError):

@@ -97,8 +97,12 @@ class StreamDoor:
         elif len(stream.escalating) >= stream.section.max_escalations:
             self._hold(stream, sample, answer, f"{unsure}; as many samples as may be are being escalated")
         else:
+            try:
+                request = self._request(stream.section, sample)
+            except InferenceError as error:  # no other tier would take these inputs: the board's answer stands
+                self._hold(stream, sample, answer, f"{unsure}; cannot be escalated: {error}")
+                return
             stream.escalated += 1
-            request = self._request(stream.section, sample)
             task = asyncio.get_running_loop().create_task(self._escalate(stream, sample, answer, request, unsure))
             stream.escalating.add(task)
             task.add_done_callback(stream.escalating.discard)
@@ -173,6 +177,7 @@ class StreamDoor:
             model=section.model,
             producer=section.name,
             received=_began(sample),
+            asked_by=f"sensor:{section.name}",
         )
         return replace(request, avoid=frozenset({Tier.EDGE_MCU}))
 

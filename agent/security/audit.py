@@ -17,6 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
+from pydantic_core import to_json
+
 from agent.config import AuditField, AuditSection
 from agent.core.clock import Clock
 from agent.core.errors import AuditUnavailable, InferenceError
@@ -36,6 +38,8 @@ RETRY_S = 1.0
 CLOSE_S = 5.0
 MAX_TEXT = 256
 """Characters of one field."""
+MAX_LIST = 5000
+"""Bytes of a list: with all other fields a line stays below `chain.MAX_LINE`."""
 ADMITTED_ROOM = 100_000
 """In `refuse` mode: for requests that were in flight when the queue became full (`routing.max_in_flight` of them)."""
 PSEUDONYM_HEX = 32
@@ -247,6 +251,7 @@ class Audit:
         """What is written: masked, and cut to size."""
         at = datetime.fromtimestamp(wall, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         entry = {"at": at, "kind": kind, **fields}
+        self._mask_made_id(entry)
         for field, mask in self._masks.items():
             if entry.get(field) is not None:
                 entry[field] = mask(str(entry[field]))
@@ -254,7 +259,13 @@ class Audit:
         if "producer" in self._masks and "who" not in self._masks and who.startswith(PRODUCER_IS_WHO):
             kind_of, _, producer = who.partition(":")
             entry["who"] = f"{kind_of}:{self._masks['producer'](producer)}"
-        return {key: _fit(value) if type(value) is str else value for key, value in entry.items()}
+        return {key: _bounded(value) for key, value in entry.items()}
+
+    def _mask_made_id(self, entry: dict[str, Any]) -> None:
+        """The daemon's own ids of streamed samples begin with the producer: what is done to that is done here too."""
+        mask, producer, request_id = self._masks.get("producer"), entry.get("producer"), entry.get("request_id") or ""
+        if mask and producer and "request_id" not in self._masks and request_id.startswith(f"{producer}-"):
+            entry["request_id"] = mask(producer) + request_id[len(producer) :]
 
     def _open_files(self) -> None:
         """A last file that is no chain is set aside, and the chain goes on from the one before it."""
@@ -279,6 +290,24 @@ class Audit:
         if reason != self._problem:
             log.error("audit trail cannot be written", extra={"reason": reason, "on_full": self._section.on_full})
         self._problem = reason
+
+
+def _bounded(value: Any) -> Any:
+    if type(value) is str:
+        return _fit(value)
+    return _cut(value) if type(value) is list else value
+
+
+def _cut(items: list[Any]) -> list[Any]:
+    """As many as fit, and how many more there were."""
+    kept: list[Any] = []
+    room = MAX_LIST
+    for item in map(_bounded, items):
+        room -= len(to_json(item, fallback=str)) + 1
+        if room < 0:
+            return [*kept, f"and {len(items) - len(kept)} more"]
+        kept.append(item)
+    return kept
 
 
 def _fit(text: str) -> str:

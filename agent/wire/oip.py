@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -221,10 +222,26 @@ def _tensors(header: dict[str, Any], key: str, raw: memoryview) -> tuple[dict[st
     return tensors, len(raw) - offset
 
 
+def holds_only(value: object, *kinds: type) -> bool:
+    """Whether it is a value of these types and no others, or lists of such. To be asked before numpy makes an array of
+    what a stranger sent: it would take true for 1, and make one long text among many short ones gigabytes."""
+    level: Sequence[Any] = (value,)
+    for _ in range(MAX_DIMENSIONS + 1):
+        found = set(map(type, level))
+        if found <= set(kinds):
+            return True
+        if found != {list}:
+            return False
+        level = list(chain.from_iterable(level))
+    return False
+
+
 def _listed(data: object, dtype: np.dtype[Any], shape: tuple[int, ...], where: str) -> Tensor:
     """A tensor out of a JSON list, flat or nested, without losing a value to its type."""
     if not isinstance(data, list):
         raise ProtocolError(f"{where}.data must be a list, or binary_data_size must be given")
+    if not holds_only(data, bool if dtype.kind == "b" else int, bool if dtype.kind == "b" else float):
+        raise ProtocolError(f"{where}.data must hold values of {dtype.name}")
     try:
         value = np.asarray(data)
     except (ValueError, TypeError, OverflowError):

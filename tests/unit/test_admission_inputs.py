@@ -1,5 +1,6 @@
 """Admission of tensors: nested lists, arrays and raw bytes, and what none of them may do."""
 
+import json
 import math
 import resource
 from typing import Any
@@ -10,10 +11,11 @@ from fakes import INPUT, family_document, make_catalog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.config import RoutingSection
+from agent.config import RoutingSection, SensorSection
 from agent.core.clock import ManualClock
 from agent.core.errors import InvalidRequest
 from agent.core.types import InferenceRequest, LatencyClass
+from agent.ingress import sensors
 from agent.routing import admission as module
 from agent.routing.admission import Admission
 
@@ -224,3 +226,15 @@ def test_inputs_outside_of_the_training_range_are_answered_and_named() -> None:
     outside = admission.from_document({"model": "ranged", "inputs": [-1, 0, 0, 255]})
     assert (inside.notes, inside.out_of_range, outside.out_of_range) == ((), False, True)
     assert outside.notes == ("inputs.window: -1 to 255; the model was trained on 0 to 16 grey",)
+
+
+@pytest.mark.parametrize("values", [["x" * 20_000, "", "", ""], [True, 0.5, 1, 2], [[1, 2], [True, 3]]])
+def test_a_scaled_reading_is_looked_at_before_an_array_is_made_of_it(
+    values: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensors.np, "asarray", lambda *_: pytest.fail("made"))
+    sensor = sensors.Sensor("a", SensorSection(model="toy", scale=2.0))
+    admission = Admission(make_catalog(), RoutingSection(), ManualClock(), 5.0)
+    with pytest.raises(InvalidRequest) as caught:
+        sensor.request(admission, json.dumps(values).encode(), "a", 0.0)
+    assert caught.value.field == "inputs.window"

@@ -373,3 +373,22 @@ def test_an_index_of_more_digits_than_python_reads() -> None:
     index = "9" * 5000
     with pytest.raises(ConfigError, match=r"has no item '9{32}'$"):
         load_config(None, {"EDGE_AGENT__CLOUD__LANES": "[{}]", f"EDGE_AGENT__CLOUD__LANES__{index}": ""})
+
+
+@pytest.mark.parametrize("password", [f"a/{SECRET}", f"a@{SECRET}", f"a/b@{SECRET}"])
+def test_a_password_in_a_brokers_address_is_not_shown_whatever_is_in_it(tmp_path: Path, password: str) -> None:
+    text = f"cloud: {{lanes: [{{name: a, broker: 'mqtts://user:{password}@host:8883'}}]}}"
+    shown = refusal(tmp_path, text)
+    assert "cloud.lanes.0.broker" in shown and SECRET not in shown
+
+
+@pytest.mark.parametrize("region", ["''", "eu west", "x" * 65])
+@pytest.mark.parametrize("where", ["sensors: {a: {model: m, %s}}", "edge_mcu: {streams: [{name: a, model: m, %s}]}"])
+def test_a_region_that_no_request_may_name_is_refused(tmp_path: Path, region: str, where: str) -> None:
+    assert "allowed_regions.0: must be 1 to 64" in refusal(tmp_path, where % f"allowed_regions: [{region}]")
+
+
+def test_an_alarm_that_could_never_begin_is_refused(tmp_path: Path) -> None:
+    """The window holds no more than `window` samples."""
+    assert "drift: min_samples must not exceed window" in refusal(tmp_path, "drift: {window: 20}")
+    assert load(tmp_path, "drift: {window: 20, min_samples: 20}").drift.min_samples == 20

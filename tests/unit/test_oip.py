@@ -142,3 +142,14 @@ def test_random_documents_raise_protocol_errors_only(document: object, tail: byt
     for decode in (oip.decode_request, oip.decode_response):
         with contextlib.suppress(ProtocolError):
             decode(header + tail, len(header))
+
+
+@pytest.mark.parametrize("data", [["x" * 20_000, *[""] * 2_000], [[1, 2], ["x"]], [True, 2], [None], [[[{}]]]])
+def test_what_are_no_numbers_is_refused_before_an_array_is_made_of_it(
+    data: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 28 kB numpy would make 160 MB."""
+    monkeypatch.setattr(oip.np, "asarray", lambda *_: pytest.fail("made"))
+    entry = {"name": "y", "datatype": "INT32", "shape": [2], "data": data}
+    with pytest.raises(ProtocolError, match=r"outputs\[0\].data must hold values of int32"):
+        oip.decode_response(json.dumps({"model_name": "m", "outputs": [entry]}).encode())

@@ -14,10 +14,13 @@ from fakes import (
     FakeTarget,
     after,
     answers,
+    family_document,
     hangs,
+    make_catalog,
     make_request,
     outcomes,
     raises,
+    variant_document,
 )
 
 from agent.config import FallbackSection, RoutingSection
@@ -56,6 +59,11 @@ class House:
         router = Router(self.targets, settings, clock)
         cache = ResultCache(fallback, None, catalog, clock)
         self.pipeline = Pipeline(catalog, router, cache, self.metrics, clock, settings)
+        self._again = lambda catalog: Pipeline(catalog, router, cache, self.metrics, clock, settings)
+
+    def now_reads(self, **family: Any) -> None:
+        """The catalogue says this of the same model files."""
+        self.pipeline = self._again(make_catalog(toy=family_document(**family)))
 
     async def infer(self, deadline_ms: float = 100, **changes: Any) -> InferenceResult:
         async with asyncio.timeout(PATIENCE_S):
@@ -213,6 +221,53 @@ async def test_a_stale_answer_is_better_than_none_even_where_fresh_ones_are_not_
     house.unplug()
     result = await house.infer(use_cache=False)
     assert (result.tier, result.stale) == ("fallback", True)
+
+
+async def test_a_stale_answer_ages_while_others_are_tried(house: House, clock: ManualClock) -> None:
+    await house.infer()
+    clock.advance(120)
+    house.gpu.behaviour = after(clock, 40.0, raises(TargetFailed("broken")))
+    house.cloud.state = UNPLUGGED
+    assert (await house.infer(60_000)).age_s == pytest.approx(160)
+    clock.advance(420)
+    assert isinstance(await house.refusal(deadline_ms=60_000), Unavailable), "by then it is 620 s old"
+
+
+async def test_a_stale_answer_says_what_is_odd_about_the_inputs(house: House) -> None:
+    odd = {"out_of_range": True, "notes": ("inputs.window: 9 to 9; the model was trained on 0 to 1",)}
+    await house.infer(**odd)
+    house.unplug()
+    result = await house.infer(use_cache=False, **odd)
+    assert (result.stale, result.out_of_range) == (True, True)
+    assert result.reasons[0] == odd["notes"][0]
+
+
+async def test_a_fresh_answer_of_a_tier_to_be_avoided_will_not_do(house: House) -> None:
+    await house.infer()
+    result = await house.infer(avoid=frozenset({Tier.EDGE_GPU}))
+    assert (result.target, result.cached) == ("cloud_gpu", False)
+
+
+async def test_a_remembered_answer_has_the_labels_of_today(house: House) -> None:
+    await house.infer()
+    house.now_reads(labels=["rest", "run", "walk"])
+    result = await house.infer()
+    assert (result.cached, result.label) == (True, "run")
+
+
+async def test_a_remembered_answer_whose_outputs_have_other_names_now_is_asked_anew(house: House) -> None:
+    await house.infer()
+    scores_of = {"name": "scores", "dtype": "float32", "shape": [1, 3]}
+    variant = variant_document("edge_gpu", outputs=[{**scores_of, "name": "out", "maps": "scores"}])
+    house.now_reads(outputs=[scores_of], variants={"medium": variant})
+
+    async def scores(*_: Any) -> Any:
+        answer = await answers(*_)
+        return answer._replace(outputs={"scores": answer.outputs["probabilities"]})
+
+    house.gpu.behaviour = scores
+    result = await house.infer()
+    assert (result.cached, list(result.outputs)) == (False, ["scores"])
 
 
 async def test_stale_answers_can_be_switched_off(catalog: Catalog, clock: ManualClock) -> None:

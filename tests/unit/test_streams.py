@@ -23,7 +23,7 @@ from agent.registry.catalog import Catalog, Variant
 from agent.routing.admission import Admission
 from agent.targets.mcu_stream import spec_of
 from agent.wire.codes import SendInputs
-from tests.fakes import INPUT, PROBABILITIES, make_catalog, variant_document
+from tests.fakes import INPUT, PROBABILITIES, family_document, make_catalog, variant_document
 
 
 class Core:
@@ -149,6 +149,7 @@ async def test_an_unsure_one_is_asked_of_the_other_tiers_from_the_moment_of_its_
     (request,) = bench.core.asked
     assert request.avoid == {Tier.EDGE_MCU}
     assert (request.priority, request.allowed_regions, request.producer) == (9, {"eu"}, "arm")
+    assert request.asked_by == "sensor:arm"
     assert request.latency_class is LatencyClass.REALTIME
     assert request.received == pytest.approx(bench.clock.monotonic() - 0.004)
     assert np.array_equal(request.inputs["window"], INPUT)
@@ -179,6 +180,18 @@ async def test_without_inputs_there_is_nothing_to_escalate() -> None:
     bench = Bench()
     bench.take(inputs=False)
     assert bench.published[0][1]["reasons"][-1].endswith("its inputs were not sent")
+
+
+async def test_inputs_that_nobody_else_would_take_leave_the_boards_answer() -> None:
+    """What a board has of whole numbers, by its scale, need not be whole numbers."""
+    bench = Bench()
+    family = family_document(inputs=[{"name": "window", "dtype": "int16", "shape": [1, 4]}])
+    bench.core.admission = Admission(make_catalog(toy=family), RoutingSection(), bench.clock, 5.0)
+    bench.take()
+    ((_, document),) = bench.published
+    assert document["tier"] == "edge_mcu"
+    assert "cannot be escalated: inputs.window: holds a value that int16 cannot" in document["reasons"][-1]
+    assert bench.door.status()["arm"] == {"results": 1, "escalated": 0, "improved": 0, "held": 1, "in_flight": 0}
 
 
 async def test_escalations_in_flight_are_bounded() -> None:
