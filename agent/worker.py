@@ -266,10 +266,13 @@ class Worker:
 
     async def _work(self, key: object, job: _Job) -> None:
         reply: _Reply | None = None
+        until = -math.inf
         try:
             if delay_s := self._delay_s():
                 await asyncio.sleep(delay_s)
-            reply = await self._answer(job)
+            while reply is None and job.until() > until:  # a repeat that came meanwhile may have more time
+                until = job.until()
+                reply = await self._answer(job)
         finally:
             # Not after an await: a repeat either joins the job before this, or finds the answer.
             del self._jobs[key]

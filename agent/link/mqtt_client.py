@@ -132,6 +132,8 @@ class PahoClient(paho.Client):
         self._manual = manual
         self.heard = clock.monotonic()
         """When the last bytes came from the broker."""
+        self.sent = 0
+        """Bytes that the socket took."""
         self.tls_alert: ssl.SSLError | None = None
         """What the broker's TLS said before it closed: with TLS 1.3 it refuses a client's certificate only after the
         client has finished its own part of the handshake."""
@@ -147,13 +149,20 @@ class PahoClient(paho.Client):
 
     def _sock_send(self, buf: bytes | bytearray) -> int:
         try:
-            return super()._sock_send(buf)
+            taken = super()._sock_send(buf)
         except OSError as error:
             if not isinstance(error, BlockingIOError) and isinstance(self._sock, ssl.SSLSocket):
                 # Closed already. Why may still be there to be read.
                 with contextlib.suppress(OSError):
                     self._sock_recv(1)
             raise
+        self.sent += taken
+        return taken
+
+    @property
+    def queued_bytes(self) -> int:
+        """What the socket has not taken yet."""
+        return sum(packet["to_process"] for packet in self._out_packet)
 
     def _handle_publish(self) -> MQTTErrorCode:
         received = self._clock.monotonic()

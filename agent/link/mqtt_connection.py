@@ -71,6 +71,8 @@ class MqttConnection:
         self._grants: dict[int, asyncio.Future[int]] = {}
         self._unacknowledged: dict[int, Callable[[int | LinkError], None] | None] = {}
         self._backlog_bytes = 0
+        self._sent = 0
+        """Of `PahoClient.sent`, when the backlog was counted last."""
         self._fd = -1
         self._sock: Any = None
         self._writing = False
@@ -284,7 +286,7 @@ class MqttConnection:
             raise MessageTooLarge(f"a message of {size} bytes is more than the broker takes ({self.max_packet_bytes})")
         if qos and len(self._unacknowledged) >= self.window:
             raise LinkFull(f"{self.window} messages await the broker's acknowledgement")
-        if self._backlog_bytes + size > self.options.max_backlog_bytes and self._backlog_bytes:
+        if self._is_full(size):
             raise LinkFull(f"{self._backlog_bytes} bytes wait for the broker to read them")
         corked, self._corked = self._corked, True
         try:
@@ -298,6 +300,14 @@ class MqttConnection:
         self._backlog_bytes += size
         if not self._corked and not self._writing:
             self._flush()
+
+    def _is_full(self, size: int) -> bool:
+        """Whether there is no room for `size` bytes more. On a line that is never idle most of what was handed over
+        has been sent: then it is counted anew."""
+        limit = self.options.max_backlog_bytes
+        if self._backlog_bytes + size > limit and self._client.sent != self._sent:
+            self._sent, self._backlog_bytes = self._client.sent, self._client.queued_bytes
+        return self._backlog_bytes > 0 and self._backlog_bytes + size > limit
 
     def acknowledge(self, mid: int, reason_code: int) -> None:
         """Called by the client for each PUBACK."""

@@ -171,7 +171,8 @@ class Asking:
         now = self.clock.monotonic()
         patient = until - started >= usual_s
         overloaded = isinstance(error, TargetBusy) or (patient and isinstance(error, TargetTimeout))
-        state.limit.observe(now, latency_s=now - started, usual_s=usual_s, in_flight=others, ok=not overloaded)
+        if overloaded:  # of any other failure: how soon it came says nothing about a queue
+            state.limit.observe(now, latency_s=now - started, usual_s=usual_s, in_flight=others, ok=False)
         _count_failure(state, variant, error, probe, now, waited_s=now - started, given_s=until - started)
         return None, attempted(state, variant, error.code, now - started, str(error), hedge=hedge)
 

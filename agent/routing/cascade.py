@@ -100,7 +100,8 @@ class Cascade:
             hold_s = min(HOLD_MAX_S, max(HOLD_MIN_S, HOLD_SHARE * (request.deadline - self._clock.monotonic())))
             try:
                 deadline = request.deadline - hold_s
-                second = await self._router.run(again, family, among=_better(held.routed), deadline=deadline)
+                better = _better(held.routed)
+                second = await self._router.run(again, family, among=better, deadline=deadline, further=True)
             except NoAnswer as failure:
                 return _held(held, failure, why)
             held = _after(held, second, why, classified(second.answer.outputs, family, second.variant))

@@ -196,9 +196,16 @@ class Router:
         return self._floor_of(family)
 
     async def run(
-        self, request: InferenceRequest, family: Family, *, among: Among | None = None, deadline: float | None = None
+        self,
+        request: InferenceRequest,
+        family: Family,
+        *,
+        among: Among | None = None,
+        deadline: float | None = None,
+        further: bool = False,
     ) -> Routed:
         """Ask until one answers, by `deadline` if that is sooner than the request's; only plays that `among` lets pass.
+        `further`: a further look at a request that was counted.
 
         Raises `NoAnswer`.
         """
@@ -206,7 +213,7 @@ class Router:
         decision, variants = self.decide(request, family, self._clock.monotonic(), among=among, deadline=end)
         self._remember(request, decision, variants, _habit(request, among))
         asking = Asking(request, family, end, self._clock, self._budgets)
-        if among is None:  # else it is a further look at one that was counted
+        if not further:
             self.retries.requested(self._clock.monotonic())
         walk = Walk(asking, decision, variants, self._states, self._settings, self.retries)
         if self._watcher is not None:

@@ -192,7 +192,7 @@ class Shadow:
         )
         self.counters["asked"] += 1
         try:
-            routed = await self._router.run(question, sample.family, among=among)
+            routed = await self._router.run(question, sample.family, among=among, further=True)
         except asyncio.CancelledError:
             self._pay(max(free.values(), default=0.0))  # the lane may charge for it all the same
             raise

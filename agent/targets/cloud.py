@@ -31,7 +31,15 @@ from agent.core.errors import (
     TargetUnavailable,
 )
 from agent.core.types import InferenceRequest, TargetAnswer, Tensor, Tier
-from agent.link.mqtt import LinkFull, LinkState, Message, MessageProperties, MqttLink, link_options
+from agent.link.mqtt import (
+    LinkFull,
+    LinkState,
+    Message,
+    MessageProperties,
+    MessageTooLarge,
+    MqttLink,
+    link_options,
+)
 from agent.registry.catalog import Catalog, Family, Variant
 from agent.targets.base import AVAILABLE, Availability, TargetTraits
 from agent.wire import lane as protocol
@@ -245,6 +253,10 @@ class CloudLane:
                 self.link.publish(topic, payload, properties=properties)
         except LinkFull as error:
             raise TargetBusy(str(error)) from None
+        except MessageTooLarge as error:
+            refused = TargetFailed(f"lane {self.lane.name}: {error}")
+            refused.counts = False  # the request is at fault: others can be asked there
+            raise refused from None
         except LinkError as error:
             raise TargetUnavailable(str(error), permanent=error.permanent) from None
         self.counters.requests += 1

@@ -134,7 +134,11 @@ class GatewayTarget:
                 False, "; ".join(sorted(set(self._refused.values()))) or "the catalogue has no model for it"
             )
         problem = self._pool.problem()
-        return Availability(False, problem) if problem else AVAILABLE
+        if problem:
+            return Availability(False, problem)
+        if not any(self._pool.has(plan.variant.sha256) for plan in self._plans.values()):
+            return Availability(False, f"every model was {LEFT_OUT}")
+        return AVAILABLE
 
     def variant_for(self, family: Family, pinned: str | None) -> Variant | None:
         """The most accurate variant that is loaded; while loading, the one that will be."""

@@ -123,7 +123,7 @@ class Judge:
             return answer.get("tier") == "fallback" and "age_s" in answer
         known = self._labels.get(variant)
         tier = "fallback" if answer.get("stale") else answer.get("origin_tier")
-        return known is not None and known[sample] == label and bool(answer.get("tier") == tier or answer.get("cached"))
+        return known is not None and known[sample] == label and bool(answer.get("tier") == tier)
 
     def due(self, asked: Asked) -> float:
         """When there must be an answer: a grace after the deadline, and later by what the machine took until then."""
@@ -145,18 +145,28 @@ class Judge:
         if asked.done > due:
             return "answered after a stop" if excused else "late"
         if "error" in asked.answer:
-            return "refused"
+            error = asked.answer["error"]
+            code = error.get("code") if isinstance(error, Mapping) else None
+            return "refused without cause" if code in NO_POLICY else "refused"
         if not self.labelled(asked.sample, asked.answer, asked.done):
             return "unlabelled"
         return "stale, and says so" if asked.answer.get("stale") else "answered"
 
-    def item(self, name: str, item: Kept, ledger: Ledger, set_aside: set[str], handed_on: Mapping[str, float]) -> str:
-        """One word for what became of a durable item. `set_aside`: ids that damaged files knew; `handed_on`: when a
-        broker acknowledged an id."""
+    def item(
+        self,
+        name: str,
+        item: Kept,
+        ledger: Ledger,
+        set_aside: set[str],
+        handed_on: Mapping[str, float],
+        held: set[str],
+    ) -> str:
+        """One word for what became of a durable item. `set_aside`: ids that damaged files knew; `held`: of these, the
+        ones that were still in them; `handed_on`: when a broker acknowledged an id."""
         if item.acknowledged is None:
             return "never accepted"
         if not item.ids:
-            if item.id in set_aside:
+            if item.id in held:  # a key that is only remembered: the item had left the file before
                 return "in the file that was set aside"
             at, killed = handed_on.get(item.id), self._windows.starts("broker killed")
             if at is not None and any(0 <= start - at <= BROKER_EDGE_S for start in killed):
@@ -166,11 +176,15 @@ class Judge:
             return "again, after its file was set aside" if len(item.ids - set_aside) <= 1 else "twice"
         status, document = ledger.results[next(iter(item.ids))]
         if status != "ok":
-            return f"answered with {status}"
+            return "answered with an error"
+        if document.get("stale"):  # an earlier answer is none to a durable request
+            return "unlabelled"
         return "delivered" if self.labelled(item.sample, document) else "unlabelled"
 
 
-BAD = ("silent", "late", "unlabelled", "lost", "twice")
+NO_POLICY = ("internal", "invalid_request", "unknown_model", None)
+"""Codes of refusals that requests without a fault never get from a daemon without one."""
+BAD = ("silent", "late", "unlabelled", "lost", "twice", "refused without cause", "answered with an error")
 """What no policy explains."""
 
 

@@ -147,7 +147,9 @@ async def _run(seed: int, minutes: float, kinds: tuple[str, ...], folder: Path) 
         site.unmount()
     judge = Judge(labels, windows, stalls, began)
     requests = Counter(judge.request(asked) for asked in ledger.asked)
-    items = Counter(judge.item(name, item, ledger, site.set_aside, handed_on) for name, item in ledger.kept.items())
+    items = Counter(
+        judge.item(name, item, ledger, site.set_aside, handed_on, site.held) for name, item in ledger.kept.items()
+    )
     _explain(folder, judge, ledger, site, handed_on)
     left_out = {name: _missing(KINDS[name].needs) for name in kinds if name not in possible}
     done = Counter(fault.kind for fault in faults)
@@ -227,7 +229,7 @@ def _explain(folder: Path, judge: Judge, ledger: Ledger, site: Site, handed_on: 
                 line = {"what": word, "grace_s": round(took, 3), **vars(asked)}
                 lines.write(json.dumps(line, default=str) + "\n")
         for name, item in ledger.kept.items():
-            if (word := judge.item(name, item, ledger, site.set_aside, handed_on)) in BAD:
+            if (word := judge.item(name, item, ledger, site.set_aside, handed_on, site.held)) in BAD:
                 answers = [ledger.results[id_] for id_ in item.ids]
                 lines.write(
                     json.dumps({"what": word, "item": name, **vars(item), "answers": answers}, default=str) + "\n"

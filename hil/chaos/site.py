@@ -34,6 +34,7 @@ BACK_LIMIT_S = 40.0
 STOP_LIMIT_S = 15.0
 SET_ASIDE = '"event":"a file is damaged and was set aside'
 STARTS = 3
+_TABLES = ("items", "known")
 
 
 class Site:
@@ -53,6 +54,7 @@ class Site:
         self._clock = WallClock(stage.folder) if compiler() else None
         self._copies = count()
         self._damaged: set[str] = set()
+        self._damaged_held: set[str] = set()
         self._mounted = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self.daemon_lock = threading.RLock()
@@ -60,6 +62,8 @@ class Site:
         self.workers: dict[str, Process] = {}
         self.set_aside: set[str] = set()
         """Ids of items that a file knew which the daemon has set aside, and named in its log."""
+        self.held: set[str] = set()
+        """Of these, the ones that were still in it."""
         self.deaths: list[str] = []
         """Ends of the daemon that nobody caused."""
 
@@ -214,14 +218,16 @@ class Site:
         if not path.exists():
             return
         if path.name == "outbox.sqlite":
-            self._damaged |= self._known(path)
+            held, known = self._known(path)
+            self._damaged_held |= held
+            self._damaged |= held | known
         with suppress(sqlite3.Error), closing(sqlite3.connect(path)) as database:  # the disk may be full as well
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         with path.open("r+b") as file:
             file.seek(4096)
             file.write(b"\xa5" * min(8192, max(0, path.stat().st_size - 4096)))
 
-    def _known(self, path: Path) -> set[str]:
+    def _known(self, path: Path) -> tuple[set[str], set[str]]:
         """Ids of every item in an outbox, and of every one that it would know again. Read from a copy: where it lies
         there may be no room for what SQLite writes to read it."""
         copy = self.stage.folder / f"outbox-{next(self._copies)}.sqlite"
@@ -230,9 +236,10 @@ class Site:
                 shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
         with closing(sqlite3.connect(copy)) as database:
             try:
-                return {row[0] for row in database.execute("SELECT id FROM items UNION SELECT id FROM known")}
+                held, known = ({row[0] for row in database.execute(f"SELECT id FROM {name}")} for name in _TABLES)
             except sqlite3.DatabaseError:  # Damaged before, and not set aside yet: its ids were noted then.
-                return set()
+                return set(), set()
+            return held, known
 
     def named(self, since: int) -> None:
         """What was damaged counts as set aside if the daemon's log, from this byte on, names the file."""
@@ -241,7 +248,9 @@ class Site:
             lines = log.read().decode("utf-8", "replace").splitlines()
         if any(SET_ASIDE in line and "outbox.sqlite.damaged-" in line for line in lines):
             self.set_aside |= self._damaged
+            self.held |= self._damaged_held
             self._damaged.clear()
+            self._damaged_held.clear()
 
     def fill(self) -> Path:
         """Take what is left of the file system. Returns the ballast."""

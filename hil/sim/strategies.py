@@ -76,17 +76,23 @@ class PlainCascade(Router):
     """The microcontroller first; the cloud, if it is not `CONFIDENT`; what was held, if that fails."""
 
     async def run(
-        self, request: InferenceRequest, family: Family, *, among: Among | None = None, deadline: float | None = None
+        self,
+        request: InferenceRequest,
+        family: Family,
+        *,
+        among: Among | None = None,
+        deadline: float | None = None,
+        further: bool = False,
     ) -> Routed:
         try:
             held = await super().run(request, family, among=_first_step, deadline=deadline)
         except NoAnswer:
-            return await super().run(request, family, among=_second_step, deadline=deadline)
+            return await super().run(request, family, among=_second_step, deadline=deadline, further=True)
         _, confidence = classify(held.answer.outputs, family)
         if confidence >= CONFIDENT:
             return held
         try:
-            escalated = await super().run(request, family, among=_second_step, deadline=deadline)
+            escalated = await super().run(request, family, among=_second_step, deadline=deadline, further=True)
         except NoAnswer as failure:
             held.cost_usd += failure.cost_usd
             return held

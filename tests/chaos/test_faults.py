@@ -133,6 +133,7 @@ def test_a_damaged_outbox_excuses_what_it_knew_once_the_daemon_names_it(site: Si
     assert site.set_aside == set(), "neither an earlier file's name nor the cache's"
     site.named(0)
     assert site.set_aside == {"waits", "delivered before"}
+    assert site.held == {"waits"}, "what was delivered before was not in it any more"
 
 
 def test_a_run_with_some_kinds_is_had_again_with_them(

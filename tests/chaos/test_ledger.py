@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 
-from hil.chaos.ledger import Asked, Judge, Kept, Ledger, Windows
+from hil.chaos.ledger import Asked, Judge, Kept, Ledger, Windows, bad
 from hil.stalls import Stalls
 
 LABELS = {"digits/gateway-fp16": ["1", "2"], "gateway-fp16": ["1", "2"]}
@@ -47,6 +48,8 @@ def judged(
         (STALE, "stale, and says so"),
         (STALE | {"label": "1"}, "unlabelled"),
         (STALE | {"tier": "edge_gpu"}, "unlabelled"),
+        (STALE | {"tier": "edge_gpu", "cached": True}, "unlabelled"),
+        (RIGHT | {"tier": "cloud_gpu", "cached": True}, "unlabelled"),
         (STALE | {"label": "1", "same_input": False}, "stale, and says so"),
         (STALE | {"label": "1", "same_input": False, "age_s": 0.0}, "stale, and says so"),
         (STALE | {"label": "1", "same_input": False, "age_s": None}, "unlabelled"),
@@ -54,6 +57,8 @@ def judged(
         (STALE | {"label": "1", "same_input": False, "age_s": 365 * 86400.0}, "unlabelled"),
         (STALE | {"age_s": 365 * 86400.0}, "unlabelled"),
         ({"error": {"code": "overloaded"}}, "refused"),
+        ({"error": {"code": "internal"}}, "refused without cause"),
+        ({"error": {"code": "invalid_request"}}, "refused without cause"),
         ({}, "silent"),
     ],
 )
@@ -91,7 +96,9 @@ def kept(ledger: Ledger, **what: Any) -> str:
     for start in what.get("kills", ()):
         windows.add("broker killed", start, start)
     judge = Judge(LABELS, windows, Still())
-    return judge.item("a", ledger.kept["a"], ledger, what.get("set_aside", set()), what.get("handed_on", {}))
+    set_aside = what.get("set_aside", set())
+    held = what.get("held", set_aside)
+    return judge.item("a", ledger.kept["a"], ledger, set_aside, what.get("handed_on", {}), held)
 
 
 def book(told: bool = True) -> Ledger:
@@ -106,6 +113,7 @@ def test_what_became_of_an_item() -> None:
     assert kept(book(told=False)) == "never accepted"
     assert kept(book()) == "lost"
     assert kept(book(), set_aside={"id-1"}) == "in the file that was set aside"
+    assert kept(book(), set_aside={"id-1"}, held=set()) == "lost", "it had left the file, which only knew its key"
     assert kept(book(), handed_on={"id-1": 5.0}, kills=[6.0]) == "acknowledged by the broker, which was killed"
     assert kept(book(), handed_on={"id-1": 5.0}, kills=[4.0, 60.0]) == "lost"
     assert kept(book(), kills=[6.0]) == "lost"
@@ -128,7 +136,15 @@ def test_a_wrong_or_refused_result_is_not_delivered() -> None:
     assert kept(ledger) == "unlabelled"
     ledger = book()
     ledger.delivered("id-1", "expired", {"request_id": "a", "error": {"code": "expired"}})
-    assert kept(ledger) == "answered with expired"
+    assert kept(ledger) == "answered with an error"
+    ledger = book()
+    ledger.delivered("id-1", "ok", STALE | {"request_id": "a", "cached": True, "same_input": False, "label": "1"})
+    assert kept(ledger) == "unlabelled", "an earlier answer is none to a durable request"
+
+
+def test_what_no_policy_explains_does_not_balance() -> None:
+    assert bad((Counter({"refused without cause": 1}), Counter({"answered with an error": 2}))) == 3
+    assert bad((Counter({"refused": 5}), Counter({"delivered": 5}))) == 0
 
 
 def test_a_result_says_as_well_that_the_item_was_accepted() -> None:

@@ -116,7 +116,7 @@ async def test_a_broken_hello_is_a_protocol_error() -> None:
     opening = asyncio.create_task(session.open(soon()))
     await pass_time(0.01)
     mcu.mute = set()
-    mcu.say(MessageType.HELLO, 1, b"\x01\x00short")
+    mcu.say(MessageType.HELLO, session._last_id, b"\x01\x00short")
     with pytest.raises(ProtocolError, match="HELLO of 7 bytes"):
         await opening
     assert session.counters.malformed == 1

@@ -1,10 +1,16 @@
 """The adaptive limit of a target, and what each class may use of it."""
 
 import pytest
+from fakes import FakeTarget, make_request
 
-from agent.config import ClassShares, LimitSection, OverloadSection
-from agent.core.types import LatencyClass, Tier
+from agent.config import ClassShares, LimitSection, OverloadSection, RoutingSection
+from agent.core.clock import ManualClock
+from agent.core.errors import TargetError, TargetFailed, TargetTimeout
+from agent.core.types import InferenceRequest, LatencyClass, TargetAnswer, Tier
+from agent.registry.catalog import Family, Variant
+from agent.routing.attempt import Asking
 from agent.routing.limits import AdaptiveLimit, Shares, limits_of
+from agent.routing.router import Router
 from agent.targets.base import TargetTraits
 
 SHARES = Shares(ClassShares())
@@ -94,3 +100,24 @@ def test_each_target_has_its_own() -> None:
     first, second = map(make, traits)
     first.observe(0.0, latency_s=1.0, usual_s=USUAL_S, in_flight=8, ok=False)
     assert (first.limit(0.0, REALTIME), second.limit(0.0, REALTIME)) == (7, 8)
+
+
+@pytest.mark.parametrize("error", [TargetFailed("broken"), TargetTimeout("no answer in 1 ms")])
+async def test_what_fails_soon_is_no_sign_of_room(family: Family, clock: ManualClock, error: TargetError) -> None:
+    """A deadline shorter than what the target takes, a worker that answers with an error at once."""
+
+    async def soon(request: InferenceRequest, variant: Variant, deadline: float) -> TargetAnswer:
+        clock.advance(0.001)
+        raise error
+
+    gpu = FakeTarget(Tier.EDGE_GPU, soon, prior_s=0.05, max_concurrent=32)
+    router = Router([gpu], RoutingSection(), clock, limit_for=limits_of(OverloadSection()))
+    state = router._states["edge_gpu"]
+    for step in range(30):
+        state.limit.observe(float(step), latency_s=1.0, usual_s=0.01, in_flight=32, ok=False)
+    before = state.limit.limit(100.0, REALTIME)
+    state.in_flight = before  # as many others are under way
+    asking = Asking(make_request(clock), family, clock.monotonic() + 1.0, clock)
+    for _ in range(10):
+        await asking.attempt(state, family.variants["medium"], clock.monotonic() + 0.001)
+    assert state.limit.limit(100.0, REALTIME) == before < 16

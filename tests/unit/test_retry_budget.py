@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import pytest
+from cascade_fakes import Tiers, sure
 from fakes import UNPLUGGED, FakeTarget, make_request, outcomes, raises
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.config import RetryBudgetSection
+from agent.config import AccuracySection, RetryBudgetSection
 from agent.core.clock import ManualClock
 from agent.core.errors import TargetFailed, TargetUnavailable
-from agent.core.types import InferenceRequest, TargetAnswer
+from agent.core.types import AccuracyMode, InferenceRequest, TargetAnswer
 from agent.registry.catalog import Family, Variant
+from agent.routing.cascade import Cascade
 from agent.routing.retry_budget import SLOT_S, RetryBudget
-from agent.routing.router import NoAnswer, Router
+from agent.routing.router import NoAnswer, Router, of_the_catalogue
 
 
 def budget(**settings: float) -> RetryBudget:
@@ -135,3 +137,14 @@ async def test_so_is_who_has_an_open_breaker(
     assert [outcomes(routed.attempts) for routed in taken] == [[("edge_gpu", "failed"), ("cloud_gpu", "ok")]] * 5
     status = router.retries.status(clock.monotonic())
     assert (status["granted"], status["taken_over"]) == (4, 1)
+
+
+@pytest.mark.parametrize("mode", list(AccuracyMode))
+async def test_a_request_counts_once_whatever_its_accuracy(clock: ManualClock, mode: AccuracyMode) -> None:
+    """`acceptable` leaves some plays out at its first look already; an escalation is a further look."""
+    tiers = Tiers(clock)
+    tiers.gpu.behaviour = sure(0.7)
+    cascade = Cascade(tiers.router, AccuracySection(), clock, of_the_catalogue)
+    for _ in range(10):
+        await cascade.run(make_request(clock, accuracy=mode), tiers.family)
+    assert tiers.router.retries._requests == 10

@@ -254,3 +254,14 @@ async def test_more_at_once_than_the_broker_acknowledges(rig: Rig) -> None:
     answers = await asyncio.gather(*(rig.ask() for _ in range(100)))
     assert len(answers) == 100
     assert rig.lane.status()["answers"] == 100
+
+
+async def test_a_request_that_is_too_large_is_not_held_against_the_lane(rig: Rig) -> None:
+    await rig.present(LARGE)
+    connection = rig.lane.link._connection
+    assert connection is not None
+    connection.max_packet_bytes = 64
+    with pytest.raises(TargetError, match="more than the broker takes") as refused:
+        await rig.ask()
+    assert not refused.value.counts
+    assert rig.lane._waiting == {}

@@ -249,4 +249,7 @@ async def test_a_model_that_was_left_out_is_not_asked_and_takes_no_other_along()
     assert list(target.variants_for(CATALOG.families["motion"], None)) == [good]
     models = target.parts()["models"]
     assert bad.name in models.reason and "left out" in models.reason
+    assert target.availability().available
+    engine._files.clear()
+    assert not target.availability().available and "left out" in target.availability().reason
     await target.stop()

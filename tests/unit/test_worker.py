@@ -12,7 +12,9 @@ import pytest
 
 from agent.core.clock import SystemClock
 from agent.core.errors import ConfigError, TargetBusy, TargetFailed, TargetTimeout
+from agent.core.types import Tensors
 from agent.link.mqtt import LinkOptions, Message, MessageProperties, MqttLink
+from agent.runtimes.base import RunOutcome
 from agent.wire import lane, oip
 from agent.worker import AnswerStore, Worker, WorkerSettings, _Reply
 from tests.brokers import MOSQUITTO, Broker, mosquitto, running, until
@@ -140,6 +142,27 @@ async def test_duplicate_runs_once(rig: Rig) -> None:
     assert [reply.properties.correlation_data for reply in replies] == [b"1", b"2", b"3"]
     assert len({reply.payload for reply in replies}) == 1
     assert worker.counters.duplicates == 2
+
+
+class Patient(FakePool):
+    """Takes all the time there is the first time, and more."""
+
+    async def run(self, sha256: str, inputs: Tensors, deadline: float) -> RunOutcome:
+        if not self.runs:
+            self.runs.append(sha256)
+            await asyncio.sleep(max(0.0, deadline - SystemClock.monotonic()))
+            raise TargetTimeout("waited for its turn")
+        return await super().run(sha256, inputs, deadline)
+
+
+async def test_a_repeat_with_more_time_is_answered_when_the_first_has_run_out_of_it(rig: Rig) -> None:
+    worker, _ = await rig.worker(pool=Patient())
+    rig.ask(b"1", key="same", budget_ms="200")
+    await until(lambda: worker.counters.received == 1, what="the first is there")
+    rig.ask(b"2", key="same")
+    (reply,) = await rig.answers()
+    assert (status(reply), reply.properties.correlation_data) == ("ok", b"2")
+    assert worker.counters.duplicates == 1
 
 
 async def test_one_key_for_two_questions_is_two_questions(rig: Rig) -> None:
