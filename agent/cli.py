@@ -74,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--seconds", type=float, default=3.0, metavar="N", help="for each measurement (default 3)")
     cli_sim.add_benches(bench, _later)
     cli_sim.add_parsers(commands, _later)
-    bench.add_argument("--only", action="append", metavar="NAME", help="pipeline, mqtt, http, mcu, wire or start")
+    bench.add_argument(
+        "--only", action="append", metavar="NAME", help="pipeline, decide, mqtt, http, mcu, wire, outbox or start"
+    )
     return parser
 
 
@@ -88,8 +90,9 @@ def _check(args: argparse.Namespace) -> int:
     from agent.config_load import cautions
     from agent.settings import load_settings
 
-    config = load_settings(args.config).config
-    for caution in cautions(config):
+    unseen: list[str] = []
+    config = load_settings(args.config, unseen=unseen).config
+    for caution in [*unseen, *cautions(config)]:
         print(f"{args.config}: note: {caution}", file=sys.stderr)
     parts = (
         (len(config.edge_mcu.ports), "microcontroller"),

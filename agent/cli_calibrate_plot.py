@@ -19,7 +19,7 @@ def draw(report: Report, path: Path) -> None:
         matplotlib.use("agg")
         from matplotlib import pyplot
     except ImportError:
-        raise ConfigError(["--plot: needs matplotlib: pip install 'edge-agent[proof]'"]) from None
+        raise ConfigError(["--plot: needs matplotlib: pip install matplotlib"]) from None
     family, measured, reference = report.family.name, report.measured, report.measured[-1]
     panels = [one for one in measured if one.curve is not None]
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.0), sharey=True, squeeze=False)

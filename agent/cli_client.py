@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Mapping
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 TIMEOUT_S = 60.0
 """Longer than any answer takes: the daemon keeps the request's own deadline."""
 MAX_INPUT_BYTES = 64 << 20
+ANSWER_KEYS = ("label", "confidence", "model_sha256", "timing_ms", "stale")
+STATUS_KEYS = ("gateway", "ready", "targets", "components", "counters")
 
 
 def add_parsers(commands: Any) -> None:
@@ -84,7 +87,7 @@ def _infer(args: argparse.Namespace) -> int:
     document |= {key: value for key, value in options.items() if value is not None}
     if args.no_cache:
         document["use_cache"] = False
-    code, answer = call(args, "/infer", document)
+    code, answer = call(args, "/infer", document, *ANSWER_KEYS)
     if args.json:
         print(json.dumps(answer, indent=2))
     elif code == 200:
@@ -132,7 +135,7 @@ def refused(answer: dict[str, Any]) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    code, status = call(args, "/status", None)
+    code, status = call(args, "/status", None, *STATUS_KEYS)
     if args.json:
         print(json.dumps(status, indent=2))
         return EXIT_OK if code == 200 else EXIT_FAILED
@@ -222,9 +225,19 @@ def _decoded(data: bytes) -> Any:
         raise ValueError("is not JSON of any use: nested too deeply") from None
 
 
-def call(args: argparse.Namespace, path: str, document: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
-    """HTTP status and decoded body. A daemon that cannot be reached exits with a sentence."""
-    url = f"{args.url}{path}"
+def call(
+    args: argparse.Namespace, path: str, document: dict[str, Any] | None, *keys: str
+) -> tuple[int, dict[str, Any]]:
+    """HTTP status and decoded body. A daemon that cannot be reached exits with a sentence, and so does what answers
+    without `keys`: another program, or another version of this one."""
+    code, answer = _exchange(args, path, document)
+    if not isinstance(answer, dict) or (code == HTTPStatus.OK and not answer.keys() >= {*keys}):
+        raise SystemExit(f"edge-agent: what answers at {args.url} is no edge-agent of this version")
+    return code, answer
+
+
+def _exchange(args: argparse.Namespace, path: str, document: dict[str, Any] | None) -> tuple[int, Any]:
+    url = f"{args.url.rstrip('/')}{path}"
     if not url.startswith(("http://", "https://")):
         raise _misuse(f"--url: must begin with http:// or https://, found {args.url}")
     data = None if document is None else json.dumps(document).encode()

@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    code, explanation = call(args, f"/explain/{quote(args.request_id, safe='')}", None)
+    code, explanation = call(args, f"/explain/{quote(args.request_id, safe='')}", None, "request", "stages", "outcome")
     if args.json:
         print(json.dumps(explanation, indent=2))
         return EXIT_OK if code == 200 else EXIT_FAILED

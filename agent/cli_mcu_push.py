@@ -71,7 +71,7 @@ def _policy(args: argparse.Namespace) -> Policy:
         return Policy(args.require_signed, ())
     from agent.config_load import load_config
 
-    config = load_config(args.config)
+    config = load_config(args.config, unseen=[])
     if args.catalog is None:
         args.catalog = config.models.catalog
     trusted = tuple(load_public(text) for text in config.models.trusted_keys)

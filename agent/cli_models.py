@@ -171,7 +171,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _trusted(path: Path | None) -> tuple[str, ...]:
     from agent.config_load import load_config
 
-    return load_config(path).models.trusted_keys if path is not None else ()
+    return load_config(path, unseen=[]).models.trusted_keys if path is not None else ()
 
 
 def _usage(text: str) -> int:

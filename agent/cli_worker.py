@@ -10,17 +10,20 @@ import os
 import platform
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from agent.config import GpuSection, ModelsSection, check_broker_url
+from agent.config_load import unreadable
 from agent.core.clock import SystemClock
 from agent.core.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+MAX_S = 86_400
 _LEVEL = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -115,7 +118,18 @@ def _problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--password-env: the environment has no variable {args.password_env}")
     if (args.cert_file is None) != (args.key_file is None):
         problems.append("--cert-file and --key-file go together")
-    return problems
+    return [*problems, *_unusable(args)]
+
+
+def _unusable(args: argparse.Namespace) -> Iterator[str]:
+    for name in ("ca_file", "cert_file", "key_file"):
+        path = getattr(args, name)
+        if path is not None and (reason := unreadable(path)):
+            yield f"--{name.replace('_', '-')}: {path}: cannot be read: {reason}"
+    for name in ("duplicate_window_s", "drain_s"):
+        value = getattr(args, name)
+        if not 0 <= value <= MAX_S:
+            yield f"--{name.replace('_', '-')}: must be 0 to {MAX_S}, found {value:g}"
 
 
 async def _serve(args: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ MAX_INDEX_DIGITS = 9
 MAX_DEPTH = 16
 """No key of the tree lies deeper than five levels."""
 _REFERENCE = re.compile(r"\$\{(credential:)?([A-Za-z0-9_.-]{1,100})\}")
+_OF_SERVICE = re.compile(r"\$\{(credential:.*|CREDENTIALS_DIRECTORY)\}")
 _SECRET_KEY = re.compile(r"password|secret|token|key$", re.IGNORECASE)
 _USERINFO = re.compile(r"//.*@", re.DOTALL)
 """Up to the last @: a password that does not belong there may hold a slash as well."""
@@ -65,8 +66,14 @@ At = tuple[str, ...]
 """Path of a key."""
 
 
-def load_config(path: Path | None, environ: Mapping[str, str] | None = None) -> Config:
-    """The validated tree. `path` None: defaults and environment alone. Raises `ConfigError`."""
+def load_config(
+    path: Path | None, environ: Mapping[str, str] | None = None, *, unseen: list[str] | None = None
+) -> Config:
+    """The validated tree. `path` None: defaults and environment alone. Raises `ConfigError`.
+
+    `unseen` is of those who look from outside of the service, where systemd hands over no credentials: it gets a line
+    for each that could not be looked at, which is then no fault.
+    """
     environ = os.environ if environ is None else environ
     name = str(path) if path is not None else "environment"
     _refuse_misspelt(environ)
@@ -75,6 +82,12 @@ def load_config(path: Path | None, environ: Mapping[str, str] | None = None) -> 
     references: dict[At, str] = {}
     problems: list[str] = []
     tree = _substitute(tree, (), environ, references, problems)
+    hidden: list[At] = []
+    if unseen is not None and "CREDENTIALS_DIRECTORY" not in environ:
+        hidden = [at for at, reference in references.items() if _OF_SERVICE.fullmatch(reference)]
+        known = {_unset(at, references[at]) for at in hidden}
+        problems = [problem for problem in problems if problem not in known]
+        unseen += [f"{'.'.join(at)}: {references[at]} is known to the service only" for at in hidden]
     if problems:
         raise ConfigError([f"{name}: {problem}" for problem in problems])
     try:
@@ -82,7 +95,7 @@ def load_config(path: Path | None, environ: Mapping[str, str] | None = None) -> 
     except ValidationError as error:
         faults = [_as_written(fault, tree) for fault in _telling(error.errors(include_url=False))]
     else:
-        faults = list(_unworkable(config))
+        faults = [fault for fault in _unworkable(config) if fault["loc"] not in hidden]
         if not faults:
             return config
     raise ConfigError([f"{_origin(fault, name, variables)}: {_describe(fault, references)}" for fault in faults])
@@ -155,7 +168,7 @@ def _unworkable(config: Config) -> Iterator[dict[str, Any]]:
     for at, broker in brokers:
         for key in ("ca_file", "cert_file", "key_file"):
             path = getattr(broker, key)
-            if path is not None and (reason := _unreadable(path)):
+            if path is not None and (reason := unreadable(path)):
                 yield _fault((*at, key), f"cannot be read: {reason}", path)
     state_dir = config.gateway.state_dir
     if not _nearest(state_dir).is_dir():
@@ -174,7 +187,7 @@ def _unreadable_secrets(config: Config) -> Iterator[dict[str, Any]]:
     if config.security.audit.key_file is not None:
         files["security", "audit", "key_file"] = config.security.audit.key_file
     for at, path in files.items():
-        if reason := _unreadable(path):
+        if reason := unreadable(path):
             yield _fault(at, f"cannot be read: {reason}", path)
 
 
@@ -183,7 +196,8 @@ def _fault(at: At, message: str, found: object = None) -> dict[str, Any]:
     return {"loc": at, "msg": message, "type": "unworkable", "input": found}
 
 
-def _unreadable(path: Path) -> str | None:
+def unreadable(path: Path) -> str | None:
+    """Why, in words; None if it can be read."""
     try:
         if not path.is_file():
             return "not a file" if path.exists() else "no such file"
@@ -293,12 +307,16 @@ def _substitute(node: Any, at: At, environ: Mapping[str, str], references: dict[
         references[at] = match.group(0)
         value = _lookup(match.group(2), credential=match.group(1) is not None, environ=environ)
         if value is None:
-            problems.append(f"{'.'.join(at)}: {match.group(0)} is not set")
+            problems.append(_unset(at, match.group(0)))
             return ""
         return value
 
     text = _REFERENCE.sub(replace, node)
     return Substituted(text) if at in references else text
+
+
+def _unset(at: At, reference: str) -> str:
+    return f"{'.'.join(at)}: {reference} is not set"
 
 
 def _lookup(name: str, *, credential: bool, environ: Mapping[str, str]) -> str | None:

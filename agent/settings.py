@@ -81,10 +81,10 @@ class Settings(NamedTuple):
         return hashlib.sha256((self.config.model_dump_json() + catalog).encode()).hexdigest()
 
 
-def load_settings(path: Path | None, *, any_file: bool = False) -> Settings:
+def load_settings(path: Path | None, *, any_file: bool = False, unseen: list[str] | None = None) -> Settings:
     """Read and check everything that can be checked without starting. `any_file`: one whole model file is enough, as
-    targets refuse the others. Raises `ConfigError` with each fault."""
-    config = load_config(path)
+    targets refuse the others. `unseen`: as of `load_config`. Raises `ConfigError` with each fault."""
+    config = load_config(path, unseen=unseen)
     catalog = load_catalog(catalog_path(config.models.catalog), any_file=any_file)
     named = {f"sensors.{topic}": sensor.model for topic, sensor in config.sensors.items()}
     named |= {f"edge_mcu.streams.{index}": stream.model for index, stream in enumerate(config.edge_mcu.streams)}

@@ -1,6 +1,8 @@
 #!/bin/sh
 # Installs edge-agent on a gateway, or takes it away. Safe to run again: an existing configuration is never overwritten.
 set -eu
+# The service runs as a user of its own, who must be able to read what is installed, whatever umask root has.
+umask 022
 
 usage() {
     cat <<'USAGE'
@@ -79,6 +81,16 @@ keep() {
     fi
 }
 
+# drop FILE TARGET: what was installed from FILE, unless it was changed since.
+drop() {
+    if [ "$purge" = yes ] || cmp -s "$1" "$2"; then
+        rm -f "$2"
+    elif [ -e "$2" ]; then
+        echo "kept $2, which was changed; --purge removes it"
+    fi
+    rm -f "$2.new"
+}
+
 make_venv() {
     # One that was interrupted while it was made has no pip, or is not an environment of its own: begin anew.
     "$home/bin/python" -I -c 'import os, sys, pip; sys.exit(not os.path.samefile(sys.prefix, sys.argv[1]))' "$home" \
@@ -120,7 +132,7 @@ do_install() {
     keep "$here/99-edge-agent.rules" 0644 "$rules/99-edge-agent.rules"
     keep "$here/edge-agent.yaml" 0644 "$config/edge-agent.yaml"
     keep "$here/edge-agent.env" 0600 "$config/edge-agent.env"
-    if [ "$worker" = yes ]; then
+    if [ "$worker" = yes ] || [ -e "$units/edge-agent-worker.service" ]; then
         install -m 0644 "$here/edge-agent-worker.service" "$units/edge-agent-worker.service"
         keep "$here/worker.env" 0600 "$config/worker.env"
     fi
@@ -133,6 +145,7 @@ do_install() {
         systemctl enable --quiet edge-agent.service
         if [ "$start" = yes ]; then
             systemctl restart edge-agent.service
+            systemctl try-restart edge-agent-worker.service 2>/dev/null || true # its program was replaced as well
         fi
     fi
     echo "installed; configuration: $config/edge-agent.yaml"
@@ -143,14 +156,19 @@ do_uninstall() {
         systemctl disable --now --quiet edge-agent.service 2>/dev/null || true
         systemctl disable --now --quiet edge-agent-worker.service 2>/dev/null || true
     fi
-    rm -f "$units/edge-agent.service" "$units/edge-agent-worker.service" "$units/edge-agent.service.d/jetson.conf"
+    rm -f "$units/edge-agent.service" "$units/edge-agent-worker.service"
+    drop "$here/edge-agent.service.d/jetson.conf" "$units/edge-agent.service.d/jetson.conf"
     rmdir "$units/edge-agent.service.d" 2>/dev/null || true
-    rm -f "$rules/99-edge-agent.rules" "$rules/99-edge-agent.rules.new"
+    drop "$here/99-edge-agent.rules" "$rules/99-edge-agent.rules"
     if [ -e "$home/pyvenv.cfg" ]; then
         rm -rf "$home"
     fi
     if [ "$purge" = yes ]; then
-        rm -rf "$config" "$destdir/var/lib/edge-agent" "$destdir/var/lib/private/edge-agent"
+        # Drop-ins of `systemctl edit` name credentials that are gone now: a later installation would not start.
+        rm -rf "$config" "$units/edge-agent.service.d" "$units/edge-agent-worker.service.d"
+        for state in edge-agent edge-agent-worker; do
+            rm -rf "$destdir/var/lib/$state" "$destdir/var/lib/private/$state"
+        done
     else
         echo "kept $config and the state directory; --purge removes them"
     fi

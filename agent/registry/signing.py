@@ -252,9 +252,7 @@ def _crypto() -> _Crypto:
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
     except ImportError as error:
-        raise SigningError(
-            f"signatures need the package cryptography: pip install 'edge-agent[signing]' ({error})"
-        ) from None
+        raise SigningError(f"signatures need the package cryptography: pip install cryptography ({error})") from None
     return _Crypto(Ed25519PrivateKey, Ed25519PublicKey, InvalidSignature, UnsupportedAlgorithm, serialization)
 
 

@@ -62,7 +62,7 @@ def stage(args: argparse.Namespace) -> Stage:
 def config(path: Path | None, catalog: Catalog) -> Config:
     """Of `--policy`: the daemon's defaults, if there is none. Where it has neither boards nor lanes, those of the
     standard gateway: a board for each family and one cloud lane. Raises `ConfigError`."""
-    given = Config() if path is None else load_config(path)
+    given = Config() if path is None else load_config(path, unseen=[])
     if given.edge_mcu.ports or given.cloud.lanes:
         return given
     boards = tuple(f"/dev/edge-mcu{number}" for number in range(len(catalog.families)))

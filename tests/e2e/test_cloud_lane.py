@@ -152,8 +152,9 @@ async def test_broker_restarts_under_everybody(rig: Rig) -> None:
 
 async def test_command_line_mistakes_are_named(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "agent.cli", "worker", "--broker", "http://h", "--topic", "a/#", "--id", "a b"]
+    command += ["--ca-file", "/none", "--drain-s", "-1"]
     process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stderr=asyncio.subprocess.PIPE)
     _, errors = await process.communicate()
     assert process.returncode == 2
-    for option in ("--broker", "--topic", "--id"):
+    for option in ("--broker", "--topic", "--id", "--ca-file", "--drain-s"):
         assert option in errors.decode()

@@ -69,6 +69,7 @@ class Door:
     def __init__(self) -> None:
         self.reply: tuple[int, Any] = (200, ANSWER)
         self.asked: dict[str, Any] = {}
+        self.path = ""
         door = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -77,6 +78,7 @@ class Door:
                 self.do_GET()
 
             def do_GET(self) -> None:
+                door.path = self.path
                 code, document = door.reply
                 body = json.dumps(document).encode()
                 self.send_response(code)
@@ -214,3 +216,18 @@ def test_the_status_says_what_budgets_leave(door: Door, capsys: pytest.CaptureFi
     out = capsys.readouterr().out.splitlines()
     assert "  budget 3.25 of 5 USD per day left, 0.5 USD at once" in out
     assert "  DONE   0 of 20000000 bytes per hour of cloud:eu left" in out
+
+
+@pytest.mark.parametrize("document", [[1], {"status": "ok"}, STATUS])
+@pytest.mark.parametrize("words", [["infer", "digits", "{input}"], ["explain", "r"]])
+def test_another_program_at_the_address_is_told(door: Door, tmp_path: Path, document: Any, words: list[str]) -> None:
+    (tmp_path / "a.json").write_text("[1]")
+    door.reply = (200, document)
+    with pytest.raises(SystemExit, match="is no edge-agent of this version"):
+        cli.main([word.format(input=tmp_path / "a.json") for word in [*words, "--url", door.url]])
+
+
+def test_an_address_may_end_with_a_slash(door: Door) -> None:
+    door.reply = (200, STATUS)
+    assert cli.main(["status", "--url", f"{door.url}/"]) == 0
+    assert door.path == "/status"

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from agent import cli
 from agent.config import AmountsSection, Config, Section
 from agent.config_load import load_config
 from agent.core.errors import ConfigError
@@ -366,6 +367,27 @@ def test_the_path_of_a_credential(tmp_path: Path) -> None:
     assert config.http.tls is not None
     assert config.http.tls.key_file == tmp_path / "gateway.key"
     assert config.security.audit.rule("producer") == "pseudonym"
+
+
+def test_whoever_is_not_the_service_is_told_of_credentials_and_stopped_by_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    (tmp_path / "gateway.crt").write_text("x")
+    lane = "{name: a, broker: 'mqtts://h', username: u, password: '${credential:lane}'}"
+    tls = f"{{cert_file: {tmp_path}/gateway.crt, key_file: '${{CREDENTIALS_DIRECTORY}}/gateway.key'}}"
+    path.write_text(f"gateway: {{state_dir: {tmp_path}}}\nhttp: {{tls: {tls}}}\ncloud: {{lanes: [{lane}]}}\n")
+    assert cli.main(["check", str(path)]) == 0
+    told = capsys.readouterr().err
+    assert "note: cloud.lanes.0.password: ${credential:lane} is known to the service only" in told
+    assert "note: http.tls.key_file: ${CREDENTIALS_DIRECTORY} is known to the service only" in told
+    with pytest.raises(ConfigError, match="is not set"):
+        load_config(path, {})
+    with pytest.raises(ConfigError, match="is not set"):  # the service itself, or who stands in for it
+        load_config(path, {"CREDENTIALS_DIRECTORY": str(tmp_path)}, unseen=[])
+    path.write_text("mqtt: {username: '${NOBODY}', password: '${credential:p}'}")
+    with pytest.raises(ConfigError, match=r"^[^\n]*username: \$\{NOBODY\} is not set$"):
+        load_config(path, {}, unseen=[])
 
 
 def test_tokens_can_come_from_the_environment() -> None:

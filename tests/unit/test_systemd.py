@@ -91,6 +91,12 @@ def test_the_daemon_is_watched_and_restarted_for_ever() -> None:
     assert stop_s > Config().gateway.drain_timeout_s + 5
 
 
+@pytest.mark.parametrize("name", UNITS)
+def test_models_that_nobody_vouches_for_can_be_held_back(name: str) -> None:
+    """systemd 252 has seccomp(2) in no group: `confine` would be refused, and nothing would say so."""
+    assert settings(name)["SystemCallFilter"][-1] == "seccomp"
+
+
 def test_only_serial_ports() -> None:
     unit = settings("edge-agent")
     assert unit["DevicePolicy"] == ["closed"]
@@ -211,6 +217,29 @@ def test_install_twice_and_remove(tmp_path: Path) -> None:
     assert tree(tmp_path) == {}
 
 
+def test_what_an_operator_wrote_outlives_an_uninstall_and_no_purge(tmp_path: Path) -> None:
+    where = ("--destdir", tmp_path)
+    assert install("install", "--files-only", "--worker", *where).returncode == 0
+    rules = tmp_path / "etc/udev/rules.d/99-edge-agent.rules"
+    rules.write_text("# my board\n")
+    units = tmp_path / "etc/systemd/system"
+    (units / "edge-agent-worker.service").write_text("# of a former version\n")
+    assert install("install", "--files-only", *where).returncode == 0
+    assert "ExecStart=" in (units / "edge-agent-worker.service").read_text()
+    drop_in, state = (
+        units / "edge-agent.service.d/override.conf",
+        tmp_path / "var/lib/private/edge-agent-worker/counter",
+    )
+    for path in (drop_in, state):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    done = install("uninstall", *where)
+    assert f"kept {rules}" in done.stdout
+    assert rules.exists() and drop_in.exists() and state.exists()
+    assert install("uninstall", "--purge", *where).returncode == 0
+    assert tree(tmp_path) == {}
+
+
 def wheel(folder: Path) -> Path:
     """A package that needs nothing, with a command and with models, as edge-agent's wheel has them."""
     info, data = "toy-1.dist-info", "toy-1.data/data/share/edge-agent/models"
@@ -231,7 +260,8 @@ def wheel(folder: Path) -> Path:
 
 
 def test_an_image_works_where_it_will_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The virtual environment below --destdir names /opt/edge-agent, and one without pip is made again."""
+    """The virtual environment below --destdir names /opt/edge-agent, and one without pip is made again. The service's
+    user can read it, whatever umask root has."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     image = tmp_path / "an image"
     home = image / "opt/edge-agent"
@@ -239,7 +269,7 @@ def test_an_image_works_where_it_will_lie(tmp_path: Path, monkeypatch: pytest.Mo
     (home / "bin/python").symlink_to(sys.executable)
     options = ("install", "--destdir", image, "--source", wheel(tmp_path), "--python", sys.executable)
     for _ in ("to make", "to repair"):
-        done = install(*options)
+        done = run("sh", "-c", 'umask 077; exec sh "$@"', "sh", SYSTEMD / "install.sh", *options)
         assert done.returncode == 0, done.stderr
         scripts = [path for path in (home / "bin").iterdir() if not path.is_symlink()]
         assert {"activate", "edge-agent", "pip"} <= {path.name for path in scripts}
@@ -250,6 +280,7 @@ def test_an_image_works_where_it_will_lie(tmp_path: Path, monkeypatch: pytest.Mo
         assert "/opt/edge-agent/bin/python" in (home / "bin/edge-agent").read_text()
         assert os.access(home / "bin/edge-agent", os.X_OK)
         assert (home / "share/edge-agent/models/catalog.yaml").is_file()
+        assert all(path.stat().st_mode & 0o055 == 0o055 for path in (home, home / "bin", home / "bin/edge-agent"))
         assert not list((home / "share").rglob("__pycache__"))
         shutil.rmtree(next(home.glob("lib/python*/site-packages/pip")))
 
