@@ -81,8 +81,13 @@ def _begin(asking: Asking, side: Side, *, hedge: bool) -> _Try:
         release()
         return await asking.attempt(state, side.variant, side.until, hedge=hedge)
 
+    def ended(_: _Try) -> None:
+        release()  # it was cancelled before it began
+        if state.on_free is not None:
+            state.on_free()  # whoever saw the place taken waits for it, also where nothing was asked
+
     task = asyncio.create_task(attempt())
-    task.add_done_callback(lambda _: release())  # it was cancelled before it began
+    task.add_done_callback(ended)
     return task
 
 
