@@ -26,6 +26,8 @@ OPEN_TIMEOUT_S: Final = 8.0
 ANSWER_TIMEOUT_S: Final = 5.0
 """A person waits; a line at 9,600 baud takes 2.3 s for the longest PING and its PONG."""
 RESET_TIMEOUT_S: Final = 15.0
+MAX_INTERVAL_MS: Final = 3_600_000
+"""As the protocol has it."""
 
 
 class _LateParser(argparse.ArgumentParser):
@@ -67,7 +69,7 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     push = actions.add_parser("push", parents=[line], help="send a model, prove it there and make it active")
     push.add_argument("model", metavar="FAMILY[/VARIANT] | FILE.tflite")
     push.add_argument("--catalog", type=Path, metavar="FILE", help="catalog.yaml; default: the one that ships")
-    push.add_argument("--counter", type=_not_negative, metavar="N", help="version counter; default: the catalogue's")
+    push.add_argument("--counter", type=_counter, metavar="N", help="version counter; default: the catalogue's")
     push.add_argument("--allow-downgrade", action="store_true", help="also if the board has a later version")
     push.add_argument("--force", action="store_true", help="also if it is active there; takes the other slot")
     push.add_argument("--key", type=Path, metavar="FILE", help="sign with this private key")
@@ -95,8 +97,10 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
 
     stream = actions.add_parser("stream", parents=[line], help="what the board samples itself, line by line")
     stream.add_argument("--seconds", type=_positive, default=10, metavar="N", help="how long (default 10)")
-    stream.add_argument("--interval-ms", type=_positive, default=100, metavar="N", help="between samples (default 100)")
-    stream.add_argument("--source", type=_not_negative, default=0, metavar="N", help="which sensor (default 0)")
+    stream.add_argument(
+        "--interval-ms", type=_interval_ms, default=100, metavar="N", help="between samples (default 100)"
+    )
+    stream.add_argument("--source", type=_source, default=0, metavar="N", help="which sensor (default 0)")
     stream.add_argument("--send-inputs", choices=("never", "always"), default="never", help="default never")
 
     actions.add_parser("reset", parents=[line], help="restart the board and wait until it is back")
@@ -199,4 +203,24 @@ def _not_negative(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, found {value}")
+    return value
+
+
+def _counter(text: str) -> int:
+    return _within(text, 0, (1 << 32) - 1)
+
+
+def _interval_ms(text: str) -> int:
+    return _within(text, 1, MAX_INTERVAL_MS)
+
+
+def _source(text: str) -> int:
+    return _within(text, 0, 255)
+
+
+def _within(text: str, least: int, most: int) -> int:
+    """What its field on the line holds."""
+    value = int(text)
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"must be {least} to {most}, found {value}")
     return value

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Final
 
 from agent.cli_image import Chosen, choose
 from agent.core.clock import Clock
@@ -17,6 +18,8 @@ from agent.registry.model_validator import ModelInvalid, validate_model
 from agent.registry.signing import PrivateKey, PublicKey, SignedManifest, SigningError, load_public
 from agent.wire.codes import Capability, ErrorCode, SlotState, name_of
 from agent.wire.update import ALLOW_LOWER_COUNTER
+
+MAX_COUNTER: Final = (1 << 32) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +134,11 @@ def _image(session: Session, args: argparse.Namespace, plan: Plan) -> ModelImage
         counter = chosen.variant.version
     else:
         counter = active.counter + 1 if active is not None else 1
+        if counter > MAX_COUNTER:
+            raise EdgeAgentError(
+                f"{chosen.name}: the active model has the highest counter: give --counter N, and with it "
+                "--allow-downgrade"
+            )
     # Versions are comparable within one variant only: another one replaces it whatever its number.
     other = chosen.variant is not None and running is not None and running.name != chosen.variant.name
     image = chosen.image(counter, allow_lower_counter=args.allow_downgrade or other)

@@ -67,15 +67,22 @@ async def prove_and_confirm(
     was confirmed, and if not the board goes back by itself.
     """
     proof: Samples = samples or [(bytes(trial.input_bytes), b"")]
-    try:
-        wrong = await _wrong(session, trial, proof, tolerance, clock)
-        if not wrong:
-            tell(f"proved: {len(samples)} of {len(samples)} answers right" if samples else "it answers; not compared")
-            await step(session, ModelConfirm(trial.sha256[:MODEL_TAG_BYTES]), DECIDE_TIMEOUT_S, clock)
-    except (RemoteError, LinkError, TimeoutError) as error:
-        if session.error is not None:
-            raise LinkError(f"{error}; {_unconfirmed(session.hello)}") from None
-        wrong = str(error)
+    for _ in range(TRIES):
+        boot_id = session.hello.boot_id
+        try:
+            wrong = await _wrong(session, trial, proof, tolerance, clock)
+            if not wrong:
+                tell(
+                    f"proved: {len(samples)} of {len(samples)} answers right" if samples else "it answers; not compared"
+                )
+                await step(session, ModelConfirm(trial.sha256[:MODEL_TAG_BYTES]), DECIDE_TIMEOUT_S, clock)
+        except (RemoteError, LinkError, TimeoutError) as error:
+            if session.error is not None:
+                raise LinkError(f"{error}; {_unconfirmed(session.hello)}") from None
+            wrong = str(error)
+            if await _kept_over_reset(session, trial, boot_id, clock):
+                continue
+        break
     return await _conclude(session, trial, wrong, clock)
 
 
@@ -115,6 +122,13 @@ async def _outputs(session: Session, model: bytes, inputs: bytes, clock: Clock) 
                 raise
             await asyncio.sleep(BUSY_PAUSE_S)
     raise TimeoutError(f"the new model did not answer in {TRIES} tries of {INFER_TIMEOUT_S:g} s")
+
+
+async def _kept_over_reset(session: Session, trial: Slot, boot_id: int, clock: Clock) -> bool:
+    """Whether the board was reset and is in trial still: its first model, and a reset that says nothing against it."""
+    hello = await session.refresh(clock.monotonic() + BACK_TIMEOUT_S)
+    slot = _same(hello, trial)
+    return hello.boot_id != boot_id and slot is not None and slot.state == SlotState.TRIAL
 
 
 async def _conclude(session: Session, trial: Slot, wrong: str, clock: Clock) -> Slot:

@@ -40,7 +40,8 @@ STRIDES: Final = {1: (1, 2), 2: (1, 2), 5: (1, 2, 3, 4), 49: (1, 2)}
 """Fields of convolutions' and pools' options that engines divide by."""
 MAX_STRIDE: Final = 0x7FFF
 SOFTMAX_OPTIONS: Final = 9
-LEAST_SOFTMAX_SCALE: Final = 2.0**-26
+LEAST_SOFTMAX_SCALE: Final = 2.0**-26 * (1 + 2.0**-24)
+"""A product of two floats, exact as here, that is above this is above 2^-26 where the board rounds it to a float."""
 OFFLINE_PLAN: Final = b"OfflineMemoryAllocation"
 """The metadata that TensorFlow Lite Micro looks for: a memory plan that it would follow unchecked."""
 

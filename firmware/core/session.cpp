@@ -45,6 +45,9 @@ Session::Session(Hal& hal, Engine& engine, Verifier* verifier, size_t window)
 void Session::start() {
   boot_id_ = hal_.random64();
   const Status problem = models_.boot();
+  // Ends what the reset cut short, and what a boot loader said: HELLO would be lost with it.
+  const uint8_t delimiter = 0;
+  hal_.uart_write(&delimiter, 1);
   announce();
   if (hal_.crash_report() != nullptr) log(kLogError, hal_.crash_report());
   if (!problem.ok()) log(kLogWarning, problem.text);

@@ -18,8 +18,9 @@ class FuzzHal final : public edge::Hal {
  public:
   FuzzHal() { memset(flash_, 0xFF, sizeof flash_); }
   const char* board_name() override { return "fuzz"; }
-  // What it sends must be frames that a gateway can decode.
+  // What it sends must be frames that a gateway can decode, or a delimiter.
   void uart_write(const uint8_t* data, size_t size) override {
+    if (size == 1 && data[0] == 0) return;
     edge::FrameDecoder decoder(line_, sizeof line_);
     edge::FrameDecoder::Event event;
     if (decoder.push(data, size, &event) != size || event != edge::FrameDecoder::Event::kFrame) abort();

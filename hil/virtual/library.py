@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import secrets
+import traceback
 from collections.abc import Callable
 from ctypes import (
     CFUNCTYPE,
@@ -259,6 +260,9 @@ class Mcu:
             except EngineError as err:
                 self._set_error(str(err))
                 return 1
+            except Exception as err:
+                self._set_error(_defect(err))
+                return 1
             return 0
 
         config.engine_name = engine.name.encode()
@@ -286,6 +290,15 @@ def _as_status(call: Callable[[], bool]) -> int:
         return 0 if call() else 1
     except OSError:
         return 1
+    except Exception as err:
+        _defect(err)
+        return 1
+
+
+def _defect(err: Exception) -> str:
+    """Told with its trace, as ctypes would; in words for the firmware's answer."""
+    traceback.print_exception(err)
+    return f"{type(err).__name__}: {err}"
 
 
 def known_operators() -> bytes:

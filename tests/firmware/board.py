@@ -65,10 +65,12 @@ class Receiver:
     def __init__(self) -> None:
         self._pending = b""
         self._partial = b""
+        self.raw = b""
         self.messages: list[Message] = []
         self.frame_sizes: list[int] = []
 
     def push(self, data: bytes) -> None:
+        self.raw += data
         *lines, self._pending = (self._pending + data).split(b"\0")
         for encoded in filter(None, lines):
             frame = cobs.decode(encoded)

@@ -30,6 +30,8 @@ from board import (
     pieces,
 )
 
+from agent.wire.codes import MessageType
+from agent.wire.frame import Frame, FrameDecoder
 from hil.virtual.engine import EngineError
 
 IMAGE = Image(model())
@@ -309,3 +311,21 @@ def test_stats_count_what_the_line_did(board: Board) -> None:
     # From sequence 1 (behind the 0 of the request before) to 7, then from 8 to 12.
     assert after[15] - before[15] == 6 + 4
     assert after[2] - before[2] == 3
+
+
+def test_a_frame_that_a_reset_cut_short_does_not_take_hello_with_it(board: Board) -> None:
+    before = len(board.line.raw)
+    board.ask("STATS_REQ")
+    answer = board.line.raw[before:]
+    board.boot()
+    for sent in (1, 20, len(answer) - 1, len(answer)):
+        found = FrameDecoder(4096).feed(answer[:sent] + board.line.raw)
+        assert isinstance(found[-1], Frame) and found[-1].type == MessageType.HELLO
+
+
+def test_a_defect_of_the_virtual_engine_is_no_answer(board: Board) -> None:
+    def break_down() -> None:
+        raise MemoryError("a defect")
+
+    board.engine.on_invoke = break_down
+    assert board.ask("INFER", infer(IMAGE, INPUTS)).code == INVOKE

@@ -179,6 +179,18 @@ def test_an_absent_bias_is_allowed() -> None:
     assert validate(packed(change_operator(1, inputs=[6, 5, -1]))) == (0, "")
 
 
+def test_softmax_s_factor_is_judged_as_the_board_multiplies() -> None:
+    """Exactly, the product is above 2^-26; in the precision of floats it is 2^-26."""
+
+    def change(tree: Any) -> None:
+        softmax = graph(tree).operators[3]
+        softmax.builtinOptions.beta = (1 + 2.0**-23) * 2.0**-13
+        graph(tree).tensors[softmax.inputs[0]].quantization.scale = [(1 - 2.0**-24) * 2.0**-13]
+
+    assert validate(packed(change)) == (INVALID_MODEL, "operator options")
+    assert validate(packed(change_options(3, beta=1.0))) == (0, "")
+
+
 def test_the_engine_s_operators_are_the_limit() -> None:
     assert validate_model(model(), bytes([22, 9]))[0] == OPERATOR  # no SOFTMAX
     assert validate_model(model(), b"")[0] == OPERATOR

@@ -7,6 +7,7 @@ from test_firmware_session import (  # noqa: F401
     bare,
     board,
     test_a_fragment_of_another_message_replaces,
+    test_a_frame_that_a_reset_cut_short_does_not_take_hello_with_it,
     test_a_full_window_still_reassembles,
     test_a_lost_fragment_is_told_once_and_the_retry_succeeds,
     test_a_retry_after_a_lost_last_fragment_begins_anew,

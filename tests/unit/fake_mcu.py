@@ -20,7 +20,7 @@ from fake_update import active_slot as active_slot
 
 from agent.core.errors import LinkError
 from agent.link.session import Session
-from agent.wire.codes import Capability, ErrorCode, MessageType, ResetCause, Rollback
+from agent.wire.codes import Capability, ErrorCode, MessageType, ResetCause, Rollback, SlotState
 from agent.wire.fragments import Reassembler, split
 from agent.wire.frame import FRAGMENT, MIN_MAX_FRAME, RETRY, Frame, FrameDecoder
 from agent.wire.messages import Error, Hello, HelloReq, Infer, Log, Pong, Result, Stats
@@ -121,10 +121,10 @@ class FakeMcu(ModelUpdates):
         self._send = send
 
     def boot(self, cause: ResetCause = ResetCause.POWER_ON, *, say: bool = True) -> None:
-        """Reset; with `say`, HELLO goes out by itself. A model in trial is rolled back."""
+        """Reset; with `say`, HELLO goes out by itself. A trial ends: that of a first model by a crash only."""
         self.hello = replace(self.hello, reset_cause=cause)
         crash = cause in (ResetCause.WATCHDOG, ResetCause.FAULT)
-        if self.hello.trial is not None:
+        if self.hello.trial is not None and (crash or self.hello.slots[0].state == SlotState.STORED):
             self.roll_back(Rollback.CRASH if crash else Rollback.RESET)
         self._restart(self.hello.boot_id + 1)
         if say:

@@ -82,7 +82,8 @@ class ModelUpdates:
             self.flashed.append(bytes(self.image))
             trial = self.hello.minor >= 1 and ModelCommit.from_bytes(body).flags & COMMIT_TRIAL
             if trial:
-                former = replace(self.hello.slots[0], state=SlotState.STORED)
+                former = self.hello.slots[0]
+                former = replace(former, state=SlotState.STORED) if former.runs else former
                 new = replace(active_slot(begin.model_sha256), index=1, state=SlotState.TRIAL, counter=begin.counter)
                 self.hello = replace(self.hello, slots=(former, new), rollback=0)
             else:
@@ -114,7 +115,8 @@ class ModelUpdates:
     def roll_back(self, why: Rollback) -> None:
         trial = self.hello.trial
         assert trial is not None
-        former = replace(self.hello.slots[0], state=SlotState.ACTIVE)
+        former = self.hello.slots[0]
+        former = replace(former, state=SlotState.ACTIVE) if former.state == SlotState.STORED else former
         self.hello = replace(self.hello, slots=(former, replace(trial, state=SlotState.BAD)), rollback=why)
 
     def _say_active(self, id_: int) -> None:

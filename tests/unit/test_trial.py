@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 from fake_mcu import (
+    EMPTY_SLOT,
     HELLO,
     HELLO_1_1,
     LINES,
@@ -124,6 +125,27 @@ async def test_a_board_that_resets_in_trial_has_gone_back_and_says_why(cause: Re
     with pytest.raises(TrialFailed, match=f"{words}.*the former model {FORMER} .* runs again"):
         await pushing
     assert runs(session) == (MODEL_SHA256, SlotState.ACTIVE)
+    await pass_time(LINGER_S * 2)
+    assert_clean(session)
+
+
+@pytest.mark.parametrize(("cause", "kept"), [(ResetCause.POWER_ON, True), (ResetCause.WATCHDOG, False)])
+@virtual_time
+async def test_a_boards_first_model_is_proved_again_after_a_reset_that_says_nothing_against_it(
+    cause: ResetCause, kept: bool
+) -> None:
+    mcu = FakeMcu(replace(HELLO_1_1, slots=(replace(EMPTY_SLOT, index=0), EMPTY_SLOT)), compute_s=2.0)
+    session, _ = await opened(mcu)
+    pushing = asyncio.create_task(push_model(session, IMAGE, LoopClock()))
+    await pass_time(1)
+    mcu.boot(cause)
+    if kept:
+        assert (await pushing).state == SlotState.ACTIVE
+        assert asked(mcu, MessageType.MODEL_ROLLBACK) == 0
+        assert runs(session) == (IMAGE.model_sha256, SlotState.ACTIVE)
+    else:
+        with pytest.raises(TrialFailed, match=r"crashed or hung.*the board has none now"):
+            await pushing
     await pass_time(LINGER_S * 2)
     assert_clean(session)
 
