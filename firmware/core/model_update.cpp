@@ -111,8 +111,7 @@ Status ModelUpdate::end_trial(Span body, bool keep) {
     if (memcmp(slot.manifest.model_sha256, tag, kModelTag) != 0) continue;
     if (slot.state == SlotState::kTrial) {
       if (keep) return store_.set_state(i, SlotState::kActive);
-      roll_back(Rollback::kRequested, true);
-      return {};
+      return roll_back(Rollback::kRequested, true);
     }
     if (slot.state == (keep ? SlotState::kActive : SlotState::kBad)) status = {};
   }
@@ -120,18 +119,20 @@ Status ModelUpdate::end_trial(Span body, bool keep) {
 }
 
 // Back to the former model. Where there is none that loads, the one in trial stays unless it is to be
-// discarded.
-void ModelUpdate::roll_back(Rollback why, bool discard) {
+// discarded. What runs is changed in any case; the status is that of writing it down.
+Status ModelUpdate::roll_back(Rollback why, bool discard) {
+  Status written;
   const int former = store_.find(SlotState::kStored);
   if (former >= 0 && load(static_cast<size_t>(former)).ok()) {
-    store_.roll_back(true, why);
+    written = store_.roll_back(true, why);
   } else if (discard || !load(static_cast<size_t>(store_.find(SlotState::kTrial))).ok()) {
     loaded_ = -1;
     info_ = ModelInfo();
-    store_.roll_back(false, why);
+    written = store_.roll_back(false, why);
   }
   trial_since_us_ =
       hal_.clock_us();  // if it goes on, because there is no other or the flash fails: not at once
+  return written;
 }
 
 uint64_t ModelUpdate::trial_left_us() const {

@@ -47,7 +47,7 @@ class ModelUpdate {
 
  private:
   Status fits(const Manifest& manifest);
-  void roll_back(Rollback why, bool discard);
+  Status roll_back(Rollback why, bool discard);
   Status check(size_t index, uint8_t* scratch, size_t scratch_size);
   Status check_signature(const Manifest& manifest);
   Status load(size_t index);
