@@ -163,6 +163,8 @@ class Machine:
         if self._mcu:
             self._mcu.close()
         self._received.clear()
+        if cause != RESET_SOFTWARE:  # else what waits was sent before: the firmware flushes its line first
+            self._sending.clear()
         self._busy = False
         self._reset_wanted = None
         self._counts["boots"] += 1
