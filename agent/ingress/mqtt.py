@@ -146,7 +146,9 @@ class MqttDoor:
         """Take no more; what is here is still answered."""
         filters = [*self._requests, *(sensor.topic_filter for sensor in self._sensors)]
         filters += [self._explains] if self._explains is not None else []
-        await asyncio.gather(*(self.link.unsubscribe(topic_filter) for topic_filter in filters))
+        with contextlib.suppress(TimeoutError):  # a broker that hangs must not use up the time to stop in
+            async with asyncio.timeout(STOP_S):
+                await asyncio.gather(*(self.link.unsubscribe(topic_filter) for topic_filter in filters))
         self._publish_status()
 
     async def stop(self) -> None:

@@ -162,7 +162,9 @@ class BudgetFile:
         aside = self._path.with_name(f"{self._path.name}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
         try:
             self._path.replace(aside)
-            for old in sorted(self._path.parent.glob(f"{self._path.name}.damaged-*"))[:-KEPT_DAMAGED]:
+            names = sorted(self._path.parent.glob(f"{self._path.name}.damaged-*"))
+            names.remove(aside)  # it is the newest, whatever the clock says
+            for old in names[: 1 - KEPT_DAMAGED]:
                 old.unlink(missing_ok=True)
         except OSError as error:
             return f"nothing: {_words(error)}"

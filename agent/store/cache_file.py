@@ -101,6 +101,8 @@ class CacheFile:
         self._counts = {"loaded": 0, "damaged_rows": 0, "written": 0, "dropped": 0, "write_errors": 0}
         self._error: str | None = None
         self._set_aside: str | None = None
+        self._damage: sqlite3.DatabaseError | None = None
+        """Found while the file was used: whatever a quick check says, it is to be set aside."""
 
     def open(self, now: float, wall: float, boot: str, keep_s: float) -> tuple[Sequence[Row], Sequence[Row], float]:
         """Rows of the last `keep_s`, oldest first, from both tables, and what to add to monotonic time to get the wall
@@ -246,6 +248,8 @@ class CacheFile:
     def _failed(self, error: sqlite3.Error | OSError) -> None:
         self._counts["write_errors"] += 1
         self._disconnect()
+        if type(error) is sqlite3.DatabaseError:
+            self._damage = error
         why = words(error, self._path)
         if why != self._error:
             log.warning("cache file cannot be used: %s", why, extra={"path": str(self._path)})
@@ -261,11 +265,14 @@ class CacheFile:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._lock.take()
         try:
+            if self._damage is not None:
+                raise self._damage
             self._connection = self._prepare()
         except sqlite3.DatabaseError as error:
             if not is_damage(error):
                 raise
             self._set_aside = put_aside(self._path, error, log_too=False).name
+            self._damage = None
             self._connection = self._prepare()
         return self._connection
 

@@ -9,6 +9,7 @@ Opening and checking the file happens in that thread too: a large outbox delays 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sqlite3
 import threading
@@ -113,6 +114,7 @@ class Outbox:
         self._reading = threading.Lock()
         self._checked = False
         self._suspect = False
+        self._doubted = False
         self._opened_at = 0.0
         self._running_s = 0.0
         self._highest = 0
@@ -270,7 +272,7 @@ class Outbox:
             self._at_hand = ()
         while True:
             if self._suspect:
-                self._suspect = self._checked = False
+                self._suspect, self._checked, self._doubted = False, False, True
                 self._disconnect()
             if self._file is None:
                 self._open()
@@ -294,8 +296,15 @@ class Outbox:
                 threading.Event().wait(FAILED_S)
         closed = NotStored("the outbox was closed before it could be written")
         self._tell([(waiting.done, closed) for waiting in self._queue if waiting.done])
+        self._keep_time()
         self._disconnect()
         self._lock.release()
+
+    def _keep_time(self) -> None:
+        """How long it ran, also where nothing was committed of late: or what waits would grow no older by it."""
+        if self._file is not None and self._file.tally.rows.total():
+            with contextlib.suppress(sqlite3.Error):
+                self._file.apply([], self.running_s())
 
     def _enough(self) -> bool:
         return self._puts >= self._settings.commit_rows or len(self._queue) >= BATCH or self._hurry or self._closing
@@ -359,14 +368,14 @@ class Outbox:
                 if not is_damage(error):
                     raise
                 self.set_aside = put_aside(self._path, error, log_too=True).name
-                self._checked = False
+                self._checked = self._doubted = False
                 file = self._new_file()
         except (sqlite3.Error, OSError) as error:
             if fail:
                 raise
             self._failed(error)
             return
-        self._checked = True
+        self._checked, self._doubted = True, False
         self._running_s = max(file.running_s, self.running_s())
         self._opened_at = self._clock.monotonic()
         if self._error is not None:
@@ -376,11 +385,18 @@ class Outbox:
         self._deliver(lambda: self.stored(None))
 
     def _new_file(self) -> OutboxFile:
-        return OutboxFile(self._path, self._settings, self._step, first_seq=self._highest, checked=self._checked)
+        return OutboxFile(
+            self._path,
+            self._settings,
+            self._step,
+            first_seq=self._highest,
+            checked=self._checked,
+            doubted=self._doubted,
+        )
 
     def _failed(self, error: sqlite3.Error | OSError) -> str:
         if isinstance(error, sqlite3.Error) and is_damage(error):
-            self._checked = False
+            self._checked, self._doubted = False, True
         self._disconnect()
         why = words(error, self._path)
         if why != self._error:

@@ -6,6 +6,7 @@ counted in running time of the daemon, which is stored with every commit: no wal
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import zlib
 from collections import Counter
@@ -126,9 +127,12 @@ class Tally:
 
 
 class OutboxFile:
-    """`first_seq` keeps numbers of a file that was set aside from being used again. Raises `sqlite3.Error`."""
+    """`first_seq` keeps numbers of a file that was set aside from being used again. `doubted`: it was found damaged
+    while it was used. Raises `sqlite3.Error`."""
 
-    def __init__(self, path: Path, settings: OutboxSection, step: Step, *, first_seq: int, checked: bool) -> None:
+    def __init__(
+        self, path: Path, settings: OutboxSection, step: Step, *, first_seq: int, checked: bool, doubted: bool = False
+    ) -> None:
         self._settings = settings
         self._step = step
         self._connection = sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False, isolation_level=None)
@@ -137,6 +141,8 @@ class OutboxFile:
             if not checked:
                 check(self._connection, SCHEMA_VERSION)
             self._prepare()
+            if doubted:
+                self._repair()
             self._remembered = 0
             self._pending: list[tuple[object, ...]] = []
             self.tally = Tally()
@@ -146,6 +152,9 @@ class OutboxFile:
             (self.running_s,) = self._connection.execute("SELECT running_s FROM clock").fetchone()
             (highest,) = self._connection.execute("SELECT MAX(seq) FROM items").fetchone()
             self.highest = max(first_seq, highest or 0)
+            if not checked:  # the keys of many short runs are too many as well
+                with contextlib.suppress(sqlite3.OperationalError):  # from a full disk can be read all the same
+                    self._purge(self.running_s)
         except BaseException:
             self._connection.close()
             raise
@@ -172,6 +181,20 @@ class OutboxFile:
             run("INSERT INTO clock VALUES (0)")
         run(f"PRAGMA user_version = {SCHEMA_VERSION}")
         run("COMMIT")
+
+    def _repair(self) -> None:
+        """Make anew what is derived from the rows. `quick_check` does not hold rows and indexes against each other: one
+        bit of a producer that flipped, or one page that was not written, would fail every later change for ever."""
+        run = self._connection.execute
+        run("BEGIN IMMEDIATE")
+        run("REINDEX")
+        run("DELETE FROM totals")
+        run(
+            f"INSERT INTO totals SELECT route, COUNT(*), SUM({ROW_BYTES} + length(head) + length(body))"  # noqa: S608
+            " FROM items GROUP BY route"
+        )
+        run("COMMIT")
+        check(self._connection, SCHEMA_VERSION, whole=True)
 
     def close(self) -> None:
         self._connection.close()
@@ -390,7 +413,8 @@ def page(
     if producer is not None:
         among += " AND producer = ?2"
     for seq, name, id_, created, crc, head, body in connection.execute(
-        "SELECT seq, producer, id, created, crc, COALESCE(CAST(head AS BLOB), x''), COALESCE(CAST(body AS BLOB), x'')"  # noqa: S608
+        "SELECT seq, CAST(producer AS TEXT), CAST(id AS TEXT), created, crc,"  # noqa: S608
+        " COALESCE(CAST(head AS BLOB), x''), COALESCE(CAST(body AS BLOB), x'')"
         f" FROM items {among} AND seq > ?3 ORDER BY seq LIMIT ?4",
         (route, producer, after, rows),
     ):

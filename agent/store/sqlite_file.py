@@ -49,9 +49,10 @@ class FolderLock:
             os.close(folder)
 
 
-def check(connection: sqlite3.Connection, version: int) -> None:
-    """Raises `sqlite3.DatabaseError` if the file is damaged, or neither new nor of this schema version."""
-    faults = [fault for (fault,) in connection.execute("PRAGMA quick_check(1)")]
+def check(connection: sqlite3.Connection, version: int, *, whole: bool = False) -> None:
+    """Raises `sqlite3.DatabaseError` if the file is damaged, or neither new nor of this schema version. `whole`: also
+    if rows and indexes do not fit together."""
+    faults = [fault for (fault,) in connection.execute(f"PRAGMA {'integrity' if whole else 'quick'}_check(1)")]
     (found,) = connection.execute("PRAGMA user_version").fetchone()
     if faults != ["ok"] or found not in (0, version):
         raise sqlite3.DatabaseError(faults[0] if faults != ["ok"] else f"schema version {found}")
@@ -82,7 +83,8 @@ def put_aside(path: Path, error: Exception, *, log_too: bool) -> Path:
             beside.unlink(missing_ok=True)
     log.warning("a file is damaged and was set aside: %s", error, extra={"path": str(path), "set_aside": str(aside)})
     names = sorted(old for old in path.parent.glob(f"{path.name}.damaged-*") if not old.name.endswith("-wal"))
-    for old in names[:-KEPT_DAMAGED]:
+    names.remove(aside)  # it is the newest, whatever the clock says: a board without a battery wakes in 1970
+    for old in names[: 1 - KEPT_DAMAGED]:
         old.unlink(missing_ok=True)
         old.with_name(f"{old.name}-wal").unlink(missing_ok=True)
     return aside

@@ -16,6 +16,7 @@ from agent.config import MqttSection, SensorSection
 from agent.core.clock import SystemClock
 from agent.core.errors import InferenceError, Unavailable
 from agent.core.types import InferenceRequest, InferenceResult, LatencyClass
+from agent.ingress import mqtt as mqtt_door
 from agent.ingress.mqtt import MqttDoor
 from agent.link.mqtt import LinkFull, LinkOptions, Message, MessageProperties, MqttLink
 from agent.telemetry.metrics import Metrics
@@ -428,3 +429,13 @@ async def test_closed_door_answers_what_is_inside(rig: Rig) -> None:
     rig.core.gate.set()
     await until(lambda: rig.results, what="the answer")
     assert len(rig.core.asked) == 1
+
+
+async def test_a_broker_that_hangs_does_not_use_up_the_time_to_stop(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(topic_filter: str) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(rig.door.link, "unsubscribe", never)
+    monkeypatch.setattr(mqtt_door, "STOP_S", 0.05)
+    async with asyncio.timeout(5):
+        await rig.door.close_door()
