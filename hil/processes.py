@@ -131,6 +131,8 @@ class Stage:
         self.folder = keep.resolve() if keep else Path(self._temporary.name if self._temporary else ".")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._processes: list[Process] = []
+        self._over = False
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -139,14 +141,20 @@ class Stage:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with _uninterrupted():
+            with self._lock:
+                self._over = True
             for process in reversed(self._processes):
                 process.terminate()
             if self._temporary:
                 self._temporary.cleanup()
 
     def start(self, name: str, command: Sequence[str], environ: Mapping[str, str] | None = None) -> Process:
-        process = Process(name, command, self.folder / f"{name}.log", environ)
-        self._processes.append(process)
+        """From any thread. Raises `StartError` once the stage is over: what began then, nobody would stop."""
+        with self._lock:
+            if self._over:
+                raise StartError(f"{name}: everything was stopped")
+            process = Process(name, command, self.folder / f"{name}.log", environ)
+            self._processes.append(process)
         return process
 
     def broker(self, name: str, port: int, persistent: bool = False) -> Process:

@@ -84,9 +84,11 @@ def main(argv: list[str] | None = None) -> int:
             summary = asyncio.run(_run(seed, args.minutes, tuple(args.only) or tuple(KINDS), folder))
     except KeyboardInterrupt:
         print("script/chaos: interrupted")
+        if not args.keep:
+            shutil.rmtree(folder, ignore_errors=True)
         return 130
     except StartError as error:
-        print(f"script/chaos: {error}", file=sys.stderr)
+        print(f"script/chaos: {error}\nlogs: {folder}", file=sys.stderr)
         return 1
     if args.json:
         args.json.write_text(json.dumps(summary.to_dict(), indent=1, default=dict) + "\n")

@@ -16,16 +16,19 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
+from typing import NoReturn
 
 from agent.config import OutboxSection
 from agent.core.clock import SystemClock
 from agent.core.errors import NotStored
 from agent.store.outbox import Outbox
 from hil.powerloss.child import ACKNOWLEDGED, DAMAGED, DELIVERED, RECORD, TRIED, Killer, intact, parse, run
+from hil.processes import interruptible
 
 STEPS = (
     "gathered",
@@ -54,6 +57,8 @@ class Ledger:
     delivered: dict[int, list[int]] = field(default_factory=dict)
     damaged: int = 0
     unreached: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    """Children that ended otherwise than by their kill."""
 
     def note(self, what: bytes, number: int, id_: int) -> None:
         if what == TRIED:
@@ -82,7 +87,9 @@ class Ledger:
 
     @property
     def balances(self) -> bool:
-        return not (self.lost or self.twice or self.damaged or self.unreached)
+        """Where nothing was acknowledged, nothing was shown."""
+        faults = self.lost or self.twice or self.damaged or self.unreached or self.broken
+        return bool(self.acknowledged) and not faults
 
     def summary(self) -> str:
         return (
@@ -90,7 +97,9 @@ class Ledger:
             f"{len(self.delivered)} delivered\n"
             f"acknowledged and lost: {len(self.lost)}\n"
             f"seen twice: {len(self.twice)} (repeats under the same id, suppressed: {self.repeated})\n"
-            f"damaged: {self.damaged}" + "".join(f"\nnever reached: {step}" for step in self.unreached)
+            f"damaged: {self.damaged}"
+            + "".join(f"\nnever reached: {step}" for step in self.unreached)
+            + "".join(f"\nended without a kill: {how}" for how in self.broken)
         )
 
 
@@ -116,17 +125,38 @@ def _life(
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(reading)
-        run(folder, chain(again, count(first)), ledger.kills, writing, step)
-        os._exit(1)
+        _live(folder, chain(again, count(first)), ledger.kills, (reading, writing), step)
     os.close(writing)
-    killed_itself = _listen(reading, ledger, child, after_s)
-    os.close(reading)
-    os.waitpid(child, 0)
+    try:
+        killed_itself = _listen(reading, ledger, child, after_s)
+    except BaseException:  # whoever interrupts leaves no child behind
+        os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        os.close(reading)
+        _, status = os.waitpid(child, 0)
+    if (code := os.waitstatus_to_exitcode(status)) != -signal.SIGKILL:
+        ledger.broken.append(f"child {ledger.kills}: code {code}")
     ledger.kills += 1
     for _ in range(first, max(ledger.tried, default=0)):
         next(numbers)
     return after_s is not None or killed_itself
+
+
+def _live(
+    folder: Path, numbers: Iterator[int], attempt: int, pipe: tuple[int, int], step: Callable[[str], None]
+) -> NoReturn:
+    """In the child, which never returns to what its parent was doing: not by an error, nor by Ctrl-C."""
+    try:
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.close(pipe[0])
+        run(folder, numbers, attempt, pipe[1], step)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
 
 
 def _listen(reading: int, ledger: Ledger, child: int, after_s: float | None) -> bool:
@@ -138,6 +168,8 @@ def _listen(reading: int, ledger: Ledger, child: int, after_s: float | None) -> 
         if not killed and not select.select([reading], [], [], left)[0]:
             os.kill(child, signal.SIGKILL)
             killed = True
+            if after_s is not None and not started:
+                ledger.unreached.append("a child's first word")
         data = os.read(reading, RECORD.size * 4096)
         if not data:
             return not killed
@@ -183,8 +215,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-steps", action="store_true", help="leave out the kills at each step")
     args = parser.parse_args(argv)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="powerloss-", dir=args.folder) as folder:
-        ledger = powerloss(Path(folder), args.runs, args.seed, steps=not args.no_steps)
+    try:
+        with interruptible(), tempfile.TemporaryDirectory(prefix="powerloss-", dir=args.folder) as folder:
+            ledger = powerloss(Path(folder), args.runs, args.seed, steps=not args.no_steps)
+    except KeyboardInterrupt:
+        print("script/powerloss: interrupted")
+        return 130
     print(f"seed {args.seed}, {time.monotonic() - began:.0f} s: {ledger.summary()}")
     print("the ledger balances" if ledger.balances else "the ledger does NOT balance")
     return 0 if ledger.balances else 1

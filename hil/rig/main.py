@@ -7,11 +7,9 @@ import asyncio
 import json
 import logging
 import random
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 import uvloop
@@ -19,7 +17,7 @@ import uvloop
 from agent.core.errors import ConfigError
 from agent.registry.catalog import load_catalog
 from agent.registry.locate import catalog_path
-from hil.processes import Stage
+from hil.processes import Stage, interruptible
 from hil.rig.boards import DEFAULT_FILE, AnyBoard, find, load_boards
 from hil.rig.check import Check
 from hil.rig.drivers import open_driver
@@ -29,6 +27,7 @@ from hil.rig.runner import chosen, run, skipped
 from hil.rig.suite import SUITE
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_MISSING = 0, 1, 2, 3
+EXIT_INTERRUPTED: Final = 130
 DEFAULT_MINUTES: Final = 0.5
 
 
@@ -68,11 +67,12 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_OK
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 31)
     report = Report(args.board, board.about, seed, time.time())
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        code = _conduct(report, board, checks, args.minutes * 60)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        with interruptible():
+            code = _conduct(report, board, checks, args.minutes * 60)
+    except KeyboardInterrupt:
+        print("script/hil: interrupted")
+        return EXIT_INTERRUPTED
     if args.json is not None:
         args.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     if args.junit is not None:
@@ -109,11 +109,6 @@ def _minutes(text: str) -> float:
 
 def _say(line: str) -> None:
     print(line, flush=True)
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    """SIGTERM ends a run as Ctrl-C does: with every process stopped."""
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -65,13 +65,14 @@ class Samples:
         engine = open_engine(ARENA_BYTES, b"")
         info = engine.load(catalog.path(variant).read_bytes())
         values, _ = heldout(catalog.root / family.data.heldout)
-        found: dict[bytes, bytes] = {}  # output -> input: each answer is of one input only
+        found: dict[bytes, bytes] = {}  # output -> input: no answer that is right of one input is right of another
         for value in values:
             spec = family.inputs[0]
             tensors = to_variant({spec.name: np.asarray(value).reshape(spec.shape)}, variant)
             inputs, outputs = pack(tensors, variant.inputs), bytearray(info.output_bytes)
             engine.invoke(inputs, memoryview(outputs))
-            found.setdefault(bytes(outputs), inputs)
+            if all(off_by(bytes(outputs), other) > 2 * TOLERANCE for other in found):
+                found[bytes(outputs)] = inputs
             if len(found) == COUNT:
                 break
         return cls(variant, tuple(found.values()), tuple(found), engine.name)

@@ -38,12 +38,16 @@ class Hindsight:
         self._max_cost_usd = settings.max_cloud_cost
 
     def best(self, request: InferenceRequest, deadline: float) -> float:
-        """Of the best single play if it began now; of being refused, if there is none."""
-        nothing = self.worth(request.latency_class, False, True, 0.0, 0)
-        return max((one.worth for one in self.plays(request, deadline)), default=nothing)
+        """Of the best single play if it began now; of being refused, if none is worth more."""
+        return max([self.nothing(request), *(one.worth for one in self.plays(request, deadline))])
+
+    def nothing(self, request: InferenceRequest) -> float:
+        """Of being refused."""
+        return self.worth(request.latency_class, False, True, 0.0, 0)
 
     def plays(self, request: InferenceRequest, deadline: float) -> Iterator[Foreseen]:
-        """Every play that could begin now, and what it would be worth."""
+        """Every play that could begin now, and what it would be worth: what does not come by the deadline is given up,
+        and was paid for."""
         world, now = self._world, self._world.clock.monotonic()
         family = world.catalog.family(request.model)
         number, sample = world.number(request), world.sample(request, family)
@@ -58,7 +62,7 @@ class Hindsight:
                 plan = target.plan(number, variant, now)
                 comes = not target.weather.silent(now) and plan.took_s <= min(plan.lost_s, traits.timeout_s)
                 late = not comes or now + plan.took_s > deadline
-                right = comes and bool(world.samples[family.name].right[variant.id][sample])
+                right = not late and bool(world.samples[family.name].right[variant.id][sample])
                 worth = self.worth(request.latency_class, right, late, traits.cost_usd, sent + received)
                 yield Foreseen(Play(traits.name, variant.id), variant, worth, plan.took_s)
 
@@ -82,7 +86,8 @@ class Foreseen(NamedTuple):
 
 
 class OracleRouter(Router):
-    """Asks the best play, and only that. Among equals the quickest."""
+    """Asks the best play, and only that; nobody, where no play is worth more than a refusal. Among equals the
+    quickest."""
 
     hindsight: Hindsight
 
@@ -99,7 +104,8 @@ class OracleRouter(Router):
             self.hindsight.plays(request, request.deadline), key=lambda one: (-one.worth, one.took_s, one.play)
         )
         variants: Mapping[Play, Variant] = {one.play: one.variant for one in foreseen}
-        ranked: Sequence[Play] = [one.play for one in foreseen[:1]]
+        nothing = self.hindsight.nothing(request)
+        ranked: Sequence[Play] = [one.play for one in foreseen[:1] if one.worth > nothing]
         return Decision("oracle", tuple(ranked), ("oracle: knows what comes",)), variants
 
 

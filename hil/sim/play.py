@@ -129,13 +129,24 @@ async def _play(stage: Stage, scenario: Scenario, config: Config, strategy: Stra
     )
     player = _Player(world, config, strategy, fresh_only=scenario.fresh_only, one_by_one=scenario.one_by_one)
     running: set[asyncio.Task[None]] = set()
+    failed: list[BaseException] = []
+
+    def ended(task: asyncio.Task[None]) -> None:
+        running.discard(task)
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is not None:
+            failed.append(error)
+
     for ask in asks:
         await asyncio.sleep(ask.at_s - loop.time())
         task = asyncio.create_task(player.ask(ask))
         running.add(task)
-        task.add_done_callback(running.discard)
+        task.add_done_callback(ended)
     if running:
         await asyncio.wait(running)
+        await asyncio.sleep(0)  # until the last one's end is noted
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(asks)} requests were neither answered nor refused") from failed[0]
     return player.run
 
 

@@ -15,7 +15,7 @@ from statistics import median
 
 import numpy as np
 
-from agent.config import Config, RoutingSection
+from agent.config import Config
 from agent.core.types import LatencyClass, Tensor, Tier
 from agent.registry.catalog import Catalog, Family
 from agent.registry.confidence import classified
@@ -27,6 +27,8 @@ from hil.sim.tiers import Spread, Times, VariantTimes, kind_of
 from hil.sim.trace import OK, Record, Trace
 from hil.sim.world import CLOUD_SERVERS, Known, Place
 
+LANE_MS = 5000.0
+"""What a lane is waited for that the configuration does not have."""
 AWAY = ("unavailable", "breaker")
 """Constraints that say that a target was not there."""
 Play = tuple[str, str]
@@ -71,7 +73,8 @@ def rebuild(trace: Trace, catalog: Catalog, heldout: Mapping[str, Samples], ship
 
 def places_of_trace(trace: Trace, config: Config) -> tuple[Place, ...]:
     """The targets of the trace, with the limits that the configuration sets for their tier."""
-    sizes = RoutingSection().model_size_thresholds
+    sizes = config.routing.model_size_thresholds
+    lanes_ms = {lane.target: lane.timeout_ms for lane in config.cloud.lanes}
     of_tier = {
         Tier.EDGE_MCU: (config.edge_mcu.timeout_ms, sizes.edge_mcu, 1),
         Tier.EDGE_GPU: (config.edge_gpu.timeout_ms, sizes.edge_gpu, config.edge_gpu.workers),
@@ -79,25 +82,36 @@ def places_of_trace(trace: Trace, config: Config) -> tuple[Place, ...]:
     places = []
     for name, about in trace.targets.items():
         tier = Tier(about["tier"])
-        timeout_ms, megabytes, servers = of_tier.get(tier, (5000.0, sizes.cloud, CLOUD_SERVERS))
+        timeout_ms, megabytes, servers = of_tier.get(tier, (lanes_ms.get(name, LANE_MS), sizes.cloud, CLOUD_SERVERS))
+        gateway = config.edge_gpu if tier is Tier.EDGE_GPU else None
         first = _first_guess(trace, name)
         traits = TargetTraits(
             name,
             tier,
             about["order"],
-            about["max_concurrent"],
+            about["max_concurrent"] if gateway is None else gateway.max_concurrent,
             timeout_ms / 1e3,
             megabytes * 1e6,
             cost_usd=about["cost_usd"],
             region=about["region"],
             backup=about["backup"],
-            parallel=about["parallel"],
+            parallel=about["parallel"] if gateway is None else gateway.workers,
             prior_s=first.get("p50_ms", 5.0) / 1e3,
             prior_link_s=first.get("link_ms", 0.0) / 1e3,
             metered=tier.is_cloud,
         )
         places.append(Place(traits, servers, serial=tier is Tier.EDGE_MCU))
     return tuple(places)
+
+
+def allowed(places: Sequence[Place], config: Config) -> tuple[Place, ...]:
+    """Those of them that the configuration has not switched off."""
+    off = {
+        tier
+        for tier, section in ((Tier.EDGE_MCU, config.edge_mcu), (Tier.EDGE_GPU, config.edge_gpu))
+        if not section.enabled
+    }
+    return tuple(place for place in places if place.traits.tier not in off)
 
 
 def _first_guess(trace: Trace, target: str) -> Mapping[str, float]:

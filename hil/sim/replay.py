@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from agent.routing.walk import Variants
 from agent.targets.base import Target
 from hil.sim import setting, trace
 from hil.sim.play import Course, Run, Scenario, Stage, play
-from hil.sim.rebuild import Rebuilt, rebuild
+from hil.sim.rebuild import Rebuilt, allowed, rebuild
 from hil.sim.setting import say
 from hil.sim.strategies import OURS, Strategy
 from hil.sim.trace import Record, Trace
@@ -90,7 +90,7 @@ def tell(recorded: Trace, stage: Stage, config: Config, seed: int) -> tuple[dict
         one_by_one=False,
     )
     again = play(played, scenario, config, _as_recorded(recorded))
-    other = play(played, scenario, config, OURS)
+    other = play(played, replace(scenario, places=allowed(rebuilt.places, config)), config, OURS)
     return {
         "as recorded": _row(map(_of_record, recorded.records)),
         "the same decisions, simulated": _row(_of_run(again, recorded)),

@@ -16,7 +16,7 @@ from agent.core.errors import is_misuse, plain_words
 from agent.registry.catalog import Catalog, load_catalog
 from agent.registry.locate import catalog_path
 from hil.bench.report import CannotMeasure
-from hil.processes import StartError
+from hil.processes import StartError, interruptible
 from hil.sim import stack, tiers
 from hil.sim.answers import run_models
 from hil.sim.play import Stage
@@ -30,7 +30,7 @@ class Misuse(Exception):
 
 
 def command(name: str, run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """`run` with its errors told in one line each."""
+    """`run` with its errors told in one line each; a SIGTERM stops what it started, as Ctrl-C does."""
 
     def main(args: argparse.Namespace) -> int:
         folder = getattr(args, "json", None)
@@ -38,7 +38,8 @@ def command(name: str, run: Callable[[argparse.Namespace], int]) -> Callable[[ar
             print(f"edge-agent {name}: --json: no such folder: {folder.resolve().parent}", file=sys.stderr)
             return EXIT_USAGE
         try:
-            return run(args)
+            with interruptible():
+                return run(args)
         except Misuse as error:
             print(f"edge-agent {name}: {error}", file=sys.stderr)
             return EXIT_USAGE

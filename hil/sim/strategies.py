@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from agent.config import Config
 from agent.core.types import InferenceRequest, LatencyClass, Tier
@@ -23,6 +23,7 @@ from agent.targets.base import Target, TargetTraits
 if TYPE_CHECKING:
     from hil.sim.world import World
 
+AnyRouter = TypeVar("AnyRouter", bound=Router)
 Wish = Callable[[InferenceRequest], Sequence[Tier]]
 """The tiers to ask, first one first."""
 
@@ -109,9 +110,9 @@ def _second_step(traits: TargetTraits, _variant: Variant) -> bool:
     return traits.tier in CLOUD
 
 
-def _router(targets: Sequence[Target], config: Config, world: World) -> Router:
-    """The daemon's own."""
-    return Router(
+def _made(kind: type[AnyRouter], targets: Sequence[Target], config: Config, world: World) -> AnyRouter:
+    """With the daemon's budgets, floor and limits."""
+    return kind(
         targets,
         config.routing,
         world.clock,
@@ -121,9 +122,14 @@ def _router(targets: Sequence[Target], config: Config, world: World) -> Router:
     )
 
 
+def _router(targets: Sequence[Target], config: Config, world: World) -> Router:
+    """The daemon's own."""
+    return _made(Router, targets, config, world)
+
+
 def _wished(wish: Wish) -> Callable[[Sequence[Target], Config, World], Router]:
     def build(targets: Sequence[Target], config: Config, world: World) -> Router:
-        router = Wished(targets, config.routing, world.clock)
+        router = _made(Wished, targets, config, world)
         router.wish = wish
         return router
 
@@ -144,7 +150,5 @@ ALWAYS_GATEWAY = Strategy("always gateway", _wished(lambda _: (Tier.EDGE_GPU,)),
 ALWAYS_MCU = Strategy("always mcu", _wished(lambda _: (Tier.EDGE_MCU,)), keeps_deadlines=False)
 RULE_TABLE = Strategy("rule table", _wished(lambda request: TABLE[request.latency_class]))
 SCORECARD = Strategy("scorecard", _preset("scorecard"))
-PLAIN_CASCADE = Strategy(
-    "plain cascade", lambda targets, config, world: PlainCascade(targets, config.routing, world.clock)
-)
+PLAIN_CASCADE = Strategy("plain cascade", lambda targets, config, world: _made(PlainCascade, targets, config, world))
 BASELINES = (ALWAYS_CLOUD, ALWAYS_GATEWAY, ALWAYS_MCU, RULE_TABLE, SCORECARD, PLAIN_CASCADE)

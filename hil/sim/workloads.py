@@ -9,7 +9,7 @@ from agent.config import Config
 from hil.sim import faults, trace
 from hil.sim.load import Arrivals, Load
 from hil.sim.play import Scenario, Stage
-from hil.sim.rebuild import rebuild
+from hil.sim.rebuild import allowed, rebuild
 
 SENSORS, RATE_HZ = 100, 0.5
 """50 requests a second: what two small boards, a gateway and a metered link are about right for."""
@@ -38,7 +38,8 @@ def recorded(stage: Stage, config: Config, seed: int, path: Path = TRACE) -> tup
     found = trace.read(path)
     trace.check_models(found, stage.catalog)
     world = rebuild(found, stage.catalog, stage.samples, stage.times, config)
+    places = allowed(world.places, config)
     scenario = Scenario(
-        world.asks, seed=seed, places=world.places, weather=world.weather, known=world.known, one_by_one=False
+        world.asks, seed=seed, places=places, weather=world.weather, known=world.known, one_by_one=False
     )
     return Stage(stage.catalog, world.samples, world.times), scenario

@@ -17,7 +17,7 @@ from agent.registry.locate import catalog_path
 from hil.demo.main import Daemon
 from hil.demo.players import Player
 from hil.processes import Process, Stage, StartError, free_port, interruptible
-from hil.soak.traffic import DURABLE, SENSORS, HttpCaller, Recent
+from hil.soak.traffic import DURABLE, SENSORS, HttpCaller, Recent, settled
 from hil.soak.watch import WARM_UP, Sample, Ticker, held, quantile, verdict
 from hil.stalls import Stalls
 
@@ -87,8 +87,10 @@ def _soak(seconds: float, rate_hz: float, interval_s: float) -> list[Sample]:
         samples = _watch(process, stage, ports["http"], ledger, seconds, interval_s)
         for player in players:
             player.halt()
-            player.close()
         caller.halt()
+        samples[-1] = settled(samples[-1], ledger)
+        for player in players:
+            player.close()
         stalls.stop()
     return samples
 

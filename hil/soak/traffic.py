@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import threading
 import time
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,13 @@ import numpy as np
 from agent.registry.catalog import Catalog
 from hil.demo.ledger import Asked, Ledger
 from hil.demo.players import Sensor, heldout
+from hil.soak.watch import Sample
 from hil.stalls import Stalls
 
 PATIENCE_S = 30.0
 """An answer that has not come after this is lost: well beyond every deadline and every delivery."""
 HTTP_LIMIT_S = 10.0
+POLL_S = 0.05
 
 SENSORS = (
     Sensor("meter", "sensors/meter", "digits", "realtime", 0.4),
@@ -63,10 +67,10 @@ class Recent(Ledger):
         with self.lock:
             self.lost += 1
 
-    def take(self) -> tuple[dict[str, list[float]], int, int, int]:
+    def take(self, now: float | None = None) -> tuple[dict[str, list[float]], int, int, int]:
         """Times in ms by sensor, and how many were answered, refused and lost, since the last call."""
         with self.lock:
-            self._give_up(time.monotonic() - PATIENCE_S)
+            self._give_up((time.monotonic() if now is None else now) - PATIENCE_S)
             taken = (self.took_ms, self.answered, self.refused, self.lost)
             self.took_ms, self.answered, self.refused, self.lost = {}, 0, 0, 0
             return taken
@@ -86,6 +90,16 @@ class Recent(Ledger):
                 del self.asked[self._order[0]]
                 self.lost += 1
             self._order.popleft()
+
+
+def settled(last: Sample, ledger: Recent) -> Sample:
+    """The last sample with what was still open when it was taken: nobody asks any more, and what is not answered
+    in `PATIENCE_S` is lost too."""
+    end = time.monotonic() + PATIENCE_S
+    while ledger.open() and time.monotonic() < end:
+        time.sleep(POLL_S)
+    _, answered, refused, lost = ledger.take(now=math.inf)
+    return replace(last, answered=last.answered + answered, refused=last.refused + refused, lost=last.lost + lost)
 
 
 class HttpCaller(threading.Thread):

@@ -15,6 +15,8 @@ WARM_UP = 0.2
 """Share of a run that is not judged: caches fill, allocators find their size."""
 MEMORY_SHARE, MEMORY_MB = 0.03, 4.0
 """Memory may rise by the larger of the two, from the first third of what is judged to its last."""
+REFUSED_SHARE = 0.01
+"""By so much the share of refusals may rise: who refuses everybody holds little, and is quick."""
 P99_RATIO = 1.5
 """p99 of a minute is noisy; a leak that costs time shows as a multiple in an hour."""
 
@@ -76,9 +78,16 @@ def verdict(samples: Sequence[Sample]) -> list[tuple[str, float, float, bool]]:
         lines.append((what, before, after, after <= before))
     before, after = both(lambda sample: sample.p99_ms)
     lines.append(("p99, ms", before, after, after <= P99_RATIO * before))
+    before, after = _refused(first), _refused(last)
+    lines.append(("refused, %", 100 * before, 100 * after, after - before <= REFUSED_SHARE))
     lost = sum(sample.lost for sample in samples)
     lines.append(("lost requests", 0.0, float(lost), lost == 0))
     return lines
+
+
+def _refused(samples: Sequence[Sample]) -> float:
+    """The share of what was answered at all."""
+    return sum(sample.refused for sample in samples) / max(1, sum(sample.answered for sample in samples))
 
 
 def _memory(sample: Sample) -> float:

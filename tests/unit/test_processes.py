@@ -16,3 +16,12 @@ def test_a_daemon_that_does_not_get_ready_is_not_left_behind(tmp_path: Path) -> 
             stage.daemon({}, module="hangs", environ={"PYTHONPATH": str(tmp_path)}, limit_s=0.2)
         (process,) = stage._processes
         assert not process.alive()
+
+
+def test_a_stage_that_is_over_starts_nothing_any_more(tmp_path: Path) -> None:
+    """A thread that brings something back while everything is being stopped would leave it behind."""
+    with Stage(tmp_path / "stage") as stage:
+        pass
+    with pytest.raises(StartError, match="everything was stopped"):
+        stage.start("late", ["sleep", "60"])
+    assert stage._processes == []

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from sim_fakes import catalog, config, stage
 
+from agent.config import Config
 from hil.sim import replay, trace
-from hil.sim.rebuild import rebuild
+from hil.sim.rebuild import places_of_trace, rebuild
 from hil.sim.setting import Misuse
 
 TARGETS = {
@@ -114,8 +115,8 @@ def written(path: Path, *lines: dict[str, Any] | str) -> Path:
     return path
 
 
-def told(path: Path) -> dict[str, replay.Row]:
-    rows, _ = replay.tell(trace.read(path), stage(), config(), 1)
+def told(path: Path, policy: Config | None = None) -> dict[str, replay.Row]:
+    rows, _ = replay.tell(trace.read(path), stage(), policy or config(), 1)
     return rows
 
 
@@ -207,3 +208,25 @@ def test_where_no_label_is_known_no_accuracy_is_told(tmp_path: Path) -> None:
     rows = told(written(tmp_path / "t", header(), line))
     assert {row.accuracy for row in rows.values()} == {None}
     assert "unknown" in replay.table(rows)[1]
+
+
+def test_the_configuration_says_what_a_target_may_run(tmp_path: Path) -> None:
+    path = written(tmp_path / "t", header(), *(request(number) for number in range(10)))
+    sizes = config().routing.model_size_thresholds.model_copy(update={"edge_mcu": 0.00005, "edge_gpu": 0.0001})
+    routing = config().routing.model_copy(update={"model_size_thresholds": sizes})
+    gateway = config().edge_gpu.model_copy(update={"enabled": False})
+    for policy in (config().model_copy(update={"routing": routing}), config().model_copy(update={"edge_gpu": gateway})):
+        rows = told(path, policy)
+        assert rows["the same decisions, simulated"].tiers == {"edge_gpu": 10}
+        assert "edge_gpu" not in rows["under this configuration"].tiers
+
+
+def test_the_limits_are_those_of_the_configuration(tmp_path: Path) -> None:
+    gateway = config().edge_gpu.model_copy(update={"max_concurrent": 3, "workers": 2})
+    lane = config().cloud.lanes[0].model_copy(update={"timeout_ms": 700.0})
+    cloud = config().cloud.model_copy(update={"lanes": (lane,)})
+    policy = config().model_copy(update={"edge_gpu": gateway, "cloud": cloud})
+    found = trace.read(written(tmp_path / "t", header(), request(0)))
+    traits = {place.traits.name: place.traits for place in places_of_trace(found, policy)}
+    assert (traits["edge_gpu"].max_concurrent, traits["edge_gpu"].parallel) == (3, 2)
+    assert traits["cloud:gpu"].timeout_s == 0.7

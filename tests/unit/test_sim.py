@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -11,16 +12,27 @@ from sim_fakes import catalog, config, stage, times
 
 from agent.core.errors import TargetTimeout, TargetUnavailable
 from agent.core.types import InferenceRequest, InferenceResult, LatencyClass, Tier
+from agent.pipeline import Pipeline
+from agent.routing.limits import AdaptiveLimit
 from hil.bench.report import CannotMeasure
-from hil.sim import faults, figures, tiers
+from hil.sim import bench_routing, crowd, faults, figures, tiers
 from hil.sim.faults import Weather
 from hil.sim.hindsight import ORACLE
 from hil.sim.load import ARRIVALS, STANDARD, Arrivals, Load
 from hil.sim.loop import Stuck, VirtualClock, VirtualLoop, run_virtual
 from hil.sim.play import Run, Scenario, play
-from hil.sim.strategies import ALWAYS_CLOUD, ALWAYS_GATEWAY, ALWAYS_MCU, OURS, PLAIN_CASCADE, RULE_TABLE, SCORECARD
+from hil.sim.strategies import (
+    ALWAYS_CLOUD,
+    ALWAYS_GATEWAY,
+    ALWAYS_MCU,
+    BASELINES,
+    OURS,
+    PLAIN_CASCADE,
+    RULE_TABLE,
+    SCORECARD,
+)
 from hil.sim.tiers import Spread
-from hil.sim.world import World, places_of
+from hil.sim.world import Place, World, places_of
 
 # --- time ------------------------------------------------------------------------------------------------------------
 
@@ -319,3 +331,45 @@ def test_nobody_is_better_than_the_oracle_where_nothing_waits() -> None:
     assert found["oracle"].regret == pytest.approx(0.0, abs=1e-9)
     assert all(figure.regret >= -1e-9 for figure in found.values())
     assert all(figure.useful <= found["oracle"].useful for figure in found.values())
+
+
+def test_the_oracle_asks_nobody_where_nothing_comes_in_time() -> None:
+    async def lanes() -> list[Place]:
+        return [target.place for target in _world().targets.values() if target.traits.tier.is_cloud]
+
+    hopeless = Scenario(Load(10, 0.5, 20.0, kinds=STANDARD[:1]), places=run_virtual(lanes()))
+    found = figures.of_courses(play(stage(), hopeless, config(), ORACLE).courses)
+    assert found.requests > 50
+    assert (found.cost_usd, found.in_time, found.close, found.regret) == (0.0, 0.0, 1.0, 0.0)
+
+
+def test_rivals_have_the_daemons_limits() -> None:
+    async def limits() -> dict[str, set[type]]:
+        world = _world()
+        targets = list(world.targets.values())
+        routers = {one.name: one.router(targets, config(), world) for one in (*BASELINES, OURS)}
+        return {name: {type(state.limit) for state in router._states.values()} for name, router in routers.items()}
+
+    assert {name: kinds for name, kinds in run_virtual(limits()).items() if kinds != {AdaptiveLimit}} == {}
+
+
+def test_a_request_that_is_neither_answered_nor_refused_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    infer = Pipeline.infer
+
+    async def sometimes(self: Pipeline, request: InferenceRequest) -> InferenceResult:
+        if request.id == "3":
+            raise asyncio.CancelledError
+        return await infer(self, request)
+
+    monkeypatch.setattr(Pipeline, "infer", sometimes)
+    with pytest.raises(RuntimeError, match=r"1 of .* neither answered nor refused"):
+        play(stage(), Scenario(Load(10, 0.5, 5.0)), config())
+
+
+def test_each_crowd_has_a_process_that_no_other_was_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty(*_: object, patient: bool) -> crowd.Crowd:
+        return crowd.Crowd(0, {}, {}, 0, os.getpid(), 0.0, {})
+
+    monkeypatch.setattr(crowd, "crowd", empty)
+    told, _ = bench_routing._crowds(stage(), config())
+    assert len({found["most_waiting"] for found in told.values()} | {os.getpid()}) == 3

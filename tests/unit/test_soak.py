@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
 
 from hil.demo.ledger import Asked
-from hil.soak.traffic import PATIENCE_S, Recent
+from hil.soak import traffic
+from hil.soak.traffic import PATIENCE_S, Recent, settled
 from hil.soak.watch import Sample, verdict
 from hil.stalls import Stalls
 
@@ -30,6 +32,7 @@ def test_a_flat_run_is_flat() -> None:
         ("descriptors", 1, "descriptors"),
         ("threads", 1, "threads"),
         ("p99_ms", 0.2, "p99, ms"),
+        ("refused", 1, "refused, %"),
     ],
 )
 def test_what_rises_is_named(field: str, step: float, line: str) -> None:
@@ -56,3 +59,14 @@ def test_the_ledger_forgets_what_is_answered_and_gives_up_what_is_not() -> None:
     assert set(ledger.asked) == {"d"}
     assert ledger.took_ms == {"meter": [250.0, 500.0]}
     assert (ledger.answered, ledger.refused, ledger.lost) == (2, 1, 1)
+
+
+def test_what_is_open_at_the_end_is_lost_unless_it_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traffic, "PATIENCE_S", 0.1)
+    ledger = Recent(Stalls(lambda: 0))
+    for name in ("a", "b"):
+        ledger.sent(name, Asked("meter", "digits", "realtime", "1", time.monotonic()))
+    assert ledger.take()[3] == 0
+    ledger.received("a", {"label": "1"}, time.monotonic())
+    last = settled(FLAT, ledger)
+    assert (last.answered, last.lost) == (FLAT.answered + 1, 1)
