@@ -108,7 +108,7 @@ def _usage(*, signs: bool) -> x509.KeyUsage:
     )
 
 
-def as_shipped(folder: Path, authority: Authority, server: Pair) -> Broker:
+def as_shipped(folder: Path, authority: Authority, server: Pair, daemon_port: int | None = None) -> Broker:
     """A broker with the files of `deploy/mosquitto`, of which only places are changed, and that logs refused topics."""
     port = free_port()
     acl = folder / "edge-agent.acl"
@@ -116,6 +116,7 @@ def as_shipped(folder: Path, authority: Authority, server: Pair) -> Broker:
     text = (DEPLOY / "edge-agent-tls.conf").read_text()
     changes = {
         "listener 8883": f"listener {port} 127.0.0.1",
+        "listener 8884 127.0.0.1": f"listener {daemon_port or free_port()} 127.0.0.1",
         "/etc/mosquitto/certs/ca.crt": str(authority.ca),
         "/etc/mosquitto/certs/broker.crt": str(server.cert),
         "/etc/mosquitto/certs/broker.key": str(server.key),

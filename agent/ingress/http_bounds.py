@@ -18,6 +18,9 @@ from agent.security.access import is_loopback, network
 HEAD_S = 10.0
 """From the first byte of a connection, or the first of a further request on it, to the end of the headers."""
 MAX_HEAD_BYTES = 64 << 10
+MAX_PIPELINED = 16
+"""Requests of one connection that wait behind the one being answered. uvicorn keeps as many as come in one read, which
+are tens of thousands, for as long as the client takes to read the answers."""
 
 Refused = Callable[[InferenceError, str], None]
 """Called with what was refused, and the address."""
@@ -53,6 +56,7 @@ class Bounded(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _counted = ""
+    _flooded = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -90,6 +94,21 @@ class Bounded(HttpToolsProtocol):
         self._head_bytes += len(data)
         if self._head_bytes > MAX_HEAD_BYTES:
             self._end(HeadTooLarge(f"headers of more than {MAX_HEAD_BYTES} bytes"))
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        if len(self.pipeline) > MAX_PIPELINED:
+            self.pipeline.clear()
+            self._flooded = True
+            raise Overloaded(f"more than {MAX_PIPELINED} requests wait on one connection")  # the parser stops
+
+    def send_400_response(self, msg: str) -> None:
+        if not self._flooded:
+            super().send_400_response(msg)
+            return
+        error = Overloaded(f"more than {MAX_PIPELINED} requests wait on one connection")
+        self.bounds.refused(error, self.client[0] if self.client else "")
+        self.transport.abort()  # who does not read would keep what was to be said
 
     def _await_head(self) -> None:
         self._head_bytes = 0

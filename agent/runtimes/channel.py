@@ -19,6 +19,8 @@ from agent.core.types import Tensor, Tensors
 HEAD = struct.Struct("=II")
 MAX_MESSAGE = 256 << 20
 """Bytes; a longer one means that the stream is out of step."""
+_KINDS = "biuf"
+"""numpy's letters for truth values, whole and real numbers."""
 
 
 def encode(header: dict[str, Any], tensors: Tensors) -> bytes:
@@ -38,12 +40,20 @@ def size(start: bytes | bytearray) -> int:
 
 
 def decode(message: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of one whole message; the tensors are views of it. Raises `ValueError` or `KeyError`."""
+    """Header and tensors of one whole message; the tensors are views of it. Raises `ValueError`, `KeyError` or
+    `TypeError`.
+
+    A child that a model has taken over writes what it likes: only numbers are taken, for an array of objects would have
+    its bytes followed as addresses of this process.
+    """
     at = HEAD.size + HEAD.unpack_from(message)[1]
     header: dict[str, Any] = json.loads(message[HEAD.size : at])
     tensors: dict[str, Tensor] = {}
     for name, dtype, shape in header.pop("tensors"):
-        value = np.ndarray(shape, dtype, message, at)
+        kind = np.dtype(dtype)
+        if kind.kind not in _KINDS or any(size < 0 for size in shape):
+            raise ValueError(f"a tensor of {str(kind)[:32]} and shape {str(shape)[:64]}")
+        value = np.ndarray(shape, kind, message, at)
         tensors[name] = value
         at += value.nbytes
     return header, tensors

@@ -272,6 +272,7 @@ class ProcessEngine:
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
+                "-P",  # Or modules of the folder that this was started in would take the place of the real ones.
                 "-m",
                 "agent.runtimes.process",
                 json.dumps(asdict(self._options)),

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -277,7 +277,7 @@ class Audit:
             except ValueError as error:
                 self._files.close()
                 damaged = audit_files(self.folder)[-1]
-                damaged.rename(damaged.with_suffix(".jsonl.damaged"))
+                damaged.rename(_free(damaged.with_suffix(".jsonl.damaged")))
                 self._set_aside = f"{damaged.name} was set aside as damaged"
                 log.error("audit trail damaged", extra={"file": damaged.name, "reason": str(error)})
         if torn or self._set_aside:
@@ -290,6 +290,11 @@ class Audit:
         if reason != self._problem:
             log.error("audit trail cannot be written", extra={"reason": reason, "on_full": self._section.on_full})
         self._problem = reason
+
+
+def _free(path: Path) -> Path:
+    """That name, or one with a number: what was set aside before under it is a record as well."""
+    return next(name for at in count() if not (name := path.with_name(path.name + f".{at}" * bool(at))).exists())
 
 
 def _bounded(value: Any) -> Any:

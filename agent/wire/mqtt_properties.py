@@ -20,6 +20,8 @@ _USER_PROPERTY = 0x26
 
 MAX_STRING = 65_535
 MAX_EXPIRY_S = 0xFFFF_FFFF
+MAX_USER = 256
+"""User properties that are read; what comes behind them is passed over, for a packet holds 400,000."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class MessageProperties:
             return _NONE, end
         found: dict[int, bytes] = {}
         user: list[tuple[str, str]] = []
-        while offset < end:
+        while offset < end and len(user) < MAX_USER:
             identifier = data[offset]
             offset += 1
             if identifier == _USER_PROPERTY:
@@ -86,7 +88,7 @@ class MessageProperties:
                 raise ProtocolError(f"the MQTT property {identifier:#04x} does not belong in a PUBLISH packet")
             found[identifier] = bytes(data[offset : offset + size])
             offset += size
-        if offset != end:
+        if offset != end and len(user) < MAX_USER:
             raise ProtocolError("an MQTT property runs over the end of the properties")
         expiry = found.get(_MESSAGE_EXPIRY)
         content_type, response_topic = found.get(_CONTENT_TYPE), found.get(_RESPONSE_TOPIC)

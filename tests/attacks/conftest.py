@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fort import Fort
 
-from hil.processes import Stage
+from hil.processes import Stage, free_port
 from tests.brokers import MOSQUITTO
 from tests.certs import Authority, as_shipped
 
@@ -26,11 +26,12 @@ def fort(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fort]:
         pytest.skip("mosquitto is not installed")
     folder = tmp_path_factory.mktemp("fort")
     authority = Authority(folder / "ca.pem")
-    broker = as_shipped(folder, authority, authority.sign("broker"))
+    daemon_port = free_port()
+    broker = as_shipped(folder, authority, authority.sign("broker"), daemon_port)
     with Stage(folder) as stage:
         try:
             broker.start()
-            fort = Fort(stage, authority, broker.port)
+            fort = Fort(stage, authority, broker.port, daemon_port)
             fort.start()
             yield fort
             fort.records()

@@ -53,10 +53,11 @@ class Answer:
 class Fort:
     """The daemon, its broker, and what they wrote."""
 
-    def __init__(self, stage: Stage, authority: Authority, broker_port: int) -> None:
+    def __init__(self, stage: Stage, authority: Authority, broker_port: int, daemon_port: int) -> None:
         self.stage = stage
         self.authority = authority
         self.broker_port = broker_port
+        self.daemon_port = daemon_port
         self.http_port = free_port()
         self.audit = stage.folder / "state" / "audit"
 
@@ -79,7 +80,7 @@ class Fort:
             "gateway": {"id": "fort", "state_dir": str(self.stage.folder / "state")},
             "http": {"port": self.http_port},
             "mqtt": {
-                "broker": f"mqtts://127.0.0.1:{self.broker_port}",
+                "broker": f"mqtts://127.0.0.1:{self.daemon_port}",
                 "ca_file": str(self.authority.ca),
                 "cert_file": str(pair.cert),
                 "key_file": str(pair.key),

@@ -235,3 +235,23 @@ async def test_no_secret_and_no_payload_is_in_any_log(device: Device, fort: Fort
     await device.answer()
     fort.records()
     fort.nothing_private()
+
+
+async def test_the_name_that_the_daemon_is_connected_by(fort: Fort) -> None:
+    """Whoever has it ends the daemon's connection, and takes its session with all that waits there."""
+    name = f"device-{next(_numbers)}"
+    pair = fort.authority.sign(name, client=True)
+    options = LinkOptions(
+        broker=f"mqtts://127.0.0.1:{fort.broker_port}",
+        client_id="edge-agent-fort",
+        ca_file=fort.authority.ca,
+        cert_file=pair.cert,
+        key_file=pair.key,
+    )
+    link = MqttLink(options)
+    await link.start()
+    await until(lambda: link.connected, WAIT_S, "connected")
+    await link.publish_acknowledged(f"sensors/{name}", b"{}")
+    await link.stop()
+    assert not fort.broker_lines("Client edge-agent-fort already connected")
+    assert fort.status()["doors"]["mqtt"]["connected"]

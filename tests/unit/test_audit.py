@@ -307,6 +307,12 @@ def test_a_damaged_last_file_is_set_aside_and_named(trail: Trail) -> None:
     assert lines[0]["set_aside"] == f"{path.name} was set aside as damaged"
     assert path.with_suffix(".jsonl.damaged").read_bytes() == b"rubbish\n" * 10
     assert "damaged" in audit.problem()
+    (path,) = audit_files(trail.folder / "audit")
+    path.write_bytes(b"again\n" * 10)
+    trail.open().act("three")
+    trail.lines()
+    kept = {aside.read_bytes()[:5] for aside in path.parent.glob("*.damaged*")}
+    assert kept == {b"rubbi", b"again"}, "what was set aside first is still there"
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from agent.config import HttpSection
 from agent.core.errors import LinkError
 from agent.core.types import InferenceRequest
 from agent.ingress.http import create_app
+from agent.ingress.http_bounds import MAX_PIPELINED
 from agent.ingress.http_server import HttpServer
 from agent.telemetry.metrics import Metrics
 
@@ -287,3 +288,23 @@ async def test_a_server_that_died_of_something_is_stopped_like_any_other(app: Fa
         with pytest.raises(OSError, match="Too many open files"):
             await server.keep(lambda: None)
         await server.stop(1)
+
+
+async def test_requests_without_end_on_one_connection(app: FastAPI, server: HttpServer) -> None:
+    """uvicorn keeps whatever came in one read, while a client that does not read holds up the first of them."""
+    writer = (await asyncio.open_connection("127.0.0.1", server.port))[1]
+    writer.write(b"GET / HTTP/1.1\r\nhost: g\r\n\r\n" * 20_000)
+    most = 0
+
+    def ended() -> bool:
+        nonlocal most
+        open_now = server._server.server_state.connections
+        most = max(most, *(len(connection.pipeline) for connection in open_now), 0)  # type: ignore[union-attr]
+        return server.connections == 0 and app.state.bodies._buffered == 0
+
+    await asyncio.sleep(0)
+    async with asyncio.timeout(DEADLINE_S):
+        await until(ended)
+    assert most <= MAX_PIPELINED
+    writer.close()
+    await still_serves(server)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import select
 import signal
@@ -325,3 +326,24 @@ def test_messages_come_through_whole(dtype: str) -> None:
 def test_a_stream_out_of_step_is_noticed(start: bytes) -> None:
     with pytest.raises(ValueError, match="a message of"):
         channel.size(start)
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("|O", [1]), ("<U4", [1]), ("V8", [1]), ("<f4", [-1])])
+def test_a_child_that_was_taken_over_sends_numbers_or_nothing(dtype: str, shape: list[int]) -> None:
+    """An array of objects would have the daemon follow its bytes as addresses."""
+    head = json.dumps({"compute_s": 0.1, "tensors": [["y", dtype, shape]]}).encode()
+    message = channel.HEAD.pack(4 + len(head) + 8, len(head)) + head + b"A" * 8
+    with pytest.raises(ValueError, match="a tensor of"):
+        channel.decode(message)
+
+
+async def test_modules_of_the_folder_it_is_started_in_are_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`cd download && edge-agent models inspect model.tflite`."""
+    (tmp_path / "ctypes.py").write_text("open('ran', 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    engine = ProcessEngine(RuntimeOptions(), 1, 1.0, SystemClock())
+    await engine.load(file_of(TFLITE))
+    await engine.close()
+    assert not (tmp_path / "ran").exists()

@@ -87,6 +87,7 @@ def test_the_daemon_is_watched_and_restarted_for_ever() -> None:
     assert unit["Restart"] == ["on-failure"]
     assert unit["StartLimitIntervalSec"] == ["0"]
     assert unit["RestartPreventExitStatus"] == ["2"], "the exit code of a configuration that cannot be used"
+    assert unit["OOMPolicy"] == ["continue"], "a child that the kernel ends is started again, and the daemon goes on"
     stop_s = float(unit["TimeoutStopSec"][0].removesuffix("s"))
     assert stop_s > Config().gateway.drain_timeout_s + 5
 

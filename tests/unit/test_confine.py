@@ -1,0 +1,91 @@
+"""What a process can still do to others that opens models of unknown origin."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agent.runtimes import confine
+
+ROOT = Path(__file__).resolve().parents[2]
+OWN = 77
+X86_64, ARM64 = confine._MACHINES["x86_64"], confine._MACHINES["aarch64"]
+
+
+def verdict(machine: confine._Machine, number: int, first: int = 0, audit: int | None = None) -> int:
+    """Of the filter, as the kernel would come to it."""
+    program = confine._program(machine, OWN)
+    steps = list(struct.iter_unpack("=HBBI", program))
+    at, value = 0, 0
+    data = {0: number, 4: machine.audit if audit is None else audit, 16: first}
+    while True:
+        code, yes, no, operand = steps[at]
+        at += 1
+        if code == confine._RETURN:
+            return int(operand)
+        if code == confine._LOAD:
+            value = data[operand]
+            continue
+        holds = {
+            confine._JUMP_EQUAL: value == operand,
+            confine._JUMP_AT_LEAST: value >= operand,
+            confine._JUMP_SET: bool(value & operand),
+        }
+        at += yes if holds[code] else no
+
+
+@pytest.mark.parametrize("machine", [X86_64, ARM64])
+def test_the_filter(machine: confine._Machine) -> None:
+    special = {machine.clone, machine.tgkill, confine._CLONE3, *machine.refused}
+    assert {verdict(machine, number) for number in machine.refused} == {confine._REFUSE}
+    assert {verdict(machine, number) for number in range(470) if number not in special} == {confine._ALLOW}
+    assert verdict(machine, 0, audit=1) == verdict(machine, confine._X32) == confine._REFUSE
+    assert verdict(machine, confine._CLONE3) == confine._UNKNOWN
+    assert verdict(machine, machine.clone, 0x3D_0F00) == confine._ALLOW, "a thread"
+    assert verdict(machine, machine.clone, 17) == confine._REFUSE, "a process"
+    assert verdict(machine, machine.tgkill, OWN) == confine._ALLOW, "abort(3)"
+    assert verdict(machine, machine.tgkill, OWN + 1) == confine._REFUSE
+
+
+def test_it_starts_no_process_and_leaves_its_parent_alone() -> None:
+    attempts = """
+import ctypes, errno, os, signal, threading
+from agent.runtimes.confine import confine, confined
+confine(256, 60)
+libc, parent = ctypes.CDLL(None, use_errno=True), os.getppid()
+def attempt(act):
+    try:
+        act()
+    except OSError as error:
+        print(errno.errorcode[error.errno], flush=True)
+    else:
+        print("allowed", flush=True)
+def fork():
+    if os.fork() == 0:
+        os._exit(0)
+def steal():
+    pidfd = os.pidfd_open(parent)
+    if libc.syscall(ctypes.c_long(438), pidfd, 0, 0) < 0:
+        raise OSError(ctypes.get_errno(), "pidfd_getfd")
+if not confined():
+    print("no seccomp")
+attempt(fork)
+attempt(steal)
+attempt(lambda: os.kill(parent, 0))
+thread = threading.Thread(target=lambda: print("thread", flush=True))
+thread.start()
+thread.join()
+if libc.syscall(ctypes.c_long(444), None, ctypes.c_size_t(0), ctypes.c_uint(1)) > 0:
+    attempt(lambda: os.open(f"/proc/{parent}/mem", os.O_RDWR))
+"""
+    done = subprocess.run([sys.executable, "-c", attempts], capture_output=True, text=True, cwd=ROOT, check=False)
+    said = done.stdout.split("\n")[:-1]
+    if "no seccomp" in said:
+        pytest.skip("this kernel or processor has no filter of system calls here")
+    assert said[:4] == ["EPERM"] * 3 + ["thread"], done.stderr
+    assert set(said[4:]) <= {"EACCES", "EPERM"}, f"it looks into process {os.getpid()}"
