@@ -31,7 +31,9 @@ MAX_INDEX_DIGITS = 9
 MAX_DEPTH = 16
 """No key of the tree lies deeper than five levels."""
 _REFERENCE = re.compile(r"\$\{(credential:)?([A-Za-z0-9_.-]{1,100})\}")
-_OF_SERVICE = re.compile(r"\$\{(credential:.*|CREDENTIALS_DIRECTORY)\}")
+_OF_SERVICE = re.compile(r"\$\{(?:credential:[^}]*|CREDENTIALS_DIRECTORY)\}")
+_STAND_INS = ("0" * 64, "mqtts://unseen", "1")
+"""For values that cannot be looked at, where their keys want them to be of some form."""
 _SECRET_KEY = re.compile(r"password|secret|token|key$", re.IGNORECASE)
 _USERINFO = re.compile(r"//.*@", re.DOTALL)
 """Up to the last @: a password that does not belong there may hold a slash as well."""
@@ -84,14 +86,14 @@ def load_config(
     tree = _substitute(tree, (), environ, references, problems)
     hidden: list[At] = []
     if unseen is not None and "CREDENTIALS_DIRECTORY" not in environ:
-        hidden = [at for at, reference in references.items() if _OF_SERVICE.fullmatch(reference)]
-        known = {_unset(at, references[at]) for at in hidden}
+        hidden = [at for at, found in references.items() if _OF_SERVICE.search(found)]
+        known = {_unset(at, one) for at in hidden for one in _OF_SERVICE.findall(references[at])}
         problems = [problem for problem in problems if problem not in known]
         unseen += [f"{'.'.join(at)}: {references[at]} is known to the service only" for at in hidden]
     if problems:
         raise ConfigError([f"{name}: {problem}" for problem in problems])
     try:
-        config = Config.model_validate(tree)
+        config = _validated(tree, hidden)
     except ValidationError as error:
         faults = [_as_written(fault, tree) for fault in _telling(error.errors(include_url=False))]
     else:
@@ -99,6 +101,23 @@ def load_config(
         if not faults:
             return config
     raise ConfigError([f"{_origin(fault, name, variables)}: {_describe(fault, references)}" for fault in faults])
+
+
+def _validated(tree: dict[str, Any], hidden: list[At]) -> Config:
+    """With something in place of what could not be looked at, if that is not of the form that it must have."""
+    for stand_in in _STAND_INS:
+        try:
+            return Config.model_validate(tree)
+        except ValidationError as error:
+            wrong = [fault["loc"] for fault in error.errors() if tuple(map(str, fault["loc"])) in hidden]
+            if not wrong:
+                raise
+        for *way, last in wrong:
+            node: Any = tree
+            for key in way:
+                node = node[key]
+            node[last] = Substituted(stand_in)
+    return Config.model_validate(tree)
 
 
 def cautions(config: Config) -> list[str]:
@@ -304,7 +323,7 @@ def _substitute(node: Any, at: At, environ: Mapping[str, str], references: dict[
         return node
 
     def replace(match: re.Match[str]) -> str:
-        references[at] = match.group(0)
+        references[at] = references.get(at, "") + match.group(0)
         value = _lookup(match.group(2), credential=match.group(1) is not None, environ=environ)
         if value is None:
             problems.append(_unset(at, match.group(0)))

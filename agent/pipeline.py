@@ -217,10 +217,10 @@ class Pipeline:
                 needed_s=lambda: self._router.quickest_s(request, family),
             )
         except Overloaded as refusal:
-            hit = hit and self._cache.get(key)
+            hit = self._cache.again(key)
             return self._fallback(request, hit, refusal, (), (f"daemon: {refusal.message}",))
         except NoAnswer as failure:
-            hit = hit and self._cache.get(key)  # by now it is older, perhaps too old, or there is a newer one
+            hit = self._cache.again(key)  # by now it is older, perhaps too old, or there is a newer one
             return self._fallback(request, hit, _refusal(failure), failure.attempts, failure.reasons, failure.cost_usd)
         result = self._fresh(request, answered, waited_s)
         self._cache.put(key, request.producer, result)

@@ -105,6 +105,7 @@ class DurableDoor:
         self._tasks: set[asyncio.Task[None]] = set()
         self.counters = _Counters()
         link.on_state(lambda state: None if state.connected else self._lost())
+        link.unrouted = self._on_nobodys
 
     async def start(self) -> None:
         """To be called before the link is started: what the broker kept comes as soon as it is connected."""
@@ -126,6 +127,11 @@ class DurableDoor:
         return {"being_stored": len(self._tasks), **counters}
 
     # --- what comes ----------------------------------------------------------------------------------------------
+
+    def _on_nobodys(self, message: Message) -> None:
+        """By a subscription that a former daemon left: it has its turn among the PUBACKs like any other."""
+        if self._limit:
+            self._owed.ready(self._owed.owe(message))
 
     def _on_request(self, message: Message) -> None:
         model, _, producer = message.topic.removeprefix(f"{self._prefix}/durable/").partition("/")

@@ -126,6 +126,8 @@ class MqttLink:
         self._listeners: list[Callable[[LinkState], None]] = []
         self._subscriptions: dict[str, _Subscription] = {}
         self._routes: dict[str, OnMessage | None] = {}
+        self.unrouted: OnMessage | None = None
+        """Gets what no subscription of ours is for; else that is acknowledged at once."""
         self._connection: MqttConnection | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -325,11 +327,13 @@ class MqttLink:
     async def unsubscribe(self, topic_filter: str) -> None:
         """Returns when the broker sends no more of it. Messages that come before are still delivered."""
         connection = self._connection
-        if connection is not None and topic_filter in self._subscriptions:
-            with contextlib.suppress(LinkError):
-                await connection.unsubscribe(topic_filter)
-        self._subscriptions.pop(topic_filter, None)
-        self._routes.clear()
+        try:
+            if connection is not None and topic_filter in self._subscriptions:
+                with contextlib.suppress(LinkError):
+                    await connection.unsubscribe(topic_filter)
+        finally:  # also for whoever stops waiting for a broker that hangs
+            self._subscriptions.pop(topic_filter, None)
+            self._routes.clear()
 
     async def _subscribe_all(self, connection: MqttConnection) -> None:
         done: set[str] = set()
@@ -353,7 +357,9 @@ class MqttLink:
             callback = self._route(message.topic)
         if callback is None:
             self.counters.unrouted += 1
-            if message.acknowledge is not None:  # or it holds its place in the broker's window for ever
+            if self.unrouted is not None:
+                self._guard(self.unrouted, message)
+            elif message.acknowledge is not None:  # or it holds its place in the broker's window for ever
                 message.acknowledge()
         else:
             self._guard(callback, message)

@@ -124,18 +124,21 @@ class ResultCache:
 
     def get(self, key: CacheKey) -> Hit | None:
         """The answer to the same question, fresh or stale; None if there is none, or it is too old."""
+        hit = self.again(key)
+        self._lookups["missed" if hit is None else hit.state] += 1
+        return hit
+
+    def again(self, key: CacheKey) -> Hit | None:
+        """The same for a request whose look-up was counted."""
         entry = self._entries.get(key)
         if entry is None:
-            self._lookups["missed"] += 1
             return None
         hit = self._hit(entry)
         if hit is None:
             del self._entries[key]
             self._counts["expired"] += 1
-            self._lookups["missed"] += 1
             return None
         self._entries.move_to_end(key)
-        self._lookups[hit.state] += 1
         return hit
 
     def last_known(self, producer: str, model: str, variant: str | None = None) -> Hit | None:

@@ -265,7 +265,7 @@ class CacheFile:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._lock.take()
         try:
-            if self._damage is not None:
+            if self._damage is not None and self._path.exists():  # or somebody took it away meanwhile
                 raise self._damage
             self._connection = self._prepare()
         except sqlite3.DatabaseError as error:
@@ -274,6 +274,7 @@ class CacheFile:
             self._set_aside = put_aside(self._path, error, log_too=False).name
             self._damage = None
             self._connection = self._prepare()
+        self._damage = None
         return self._connection
 
     def _prepare(self) -> sqlite3.Connection:

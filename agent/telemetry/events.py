@@ -36,7 +36,7 @@ _SECRET = re.compile(r"password|passwd|token|secret|credential|api_?key|authoriz
 _SECRET_IN_TEXT = re.compile(
     r"(?i)\b([\w-]*(?:password|passwd|token|secret|api_?key)[\w-]*[\"']?\s*[=:]\s*[\"']?)[^\s\"',;&]+"
 )
-_CREDENTIALS_IN_URL = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s]{1,256}@")
+_CREDENTIALS_IN_URL = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)\S+@")
 _MASK = "***"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}

@@ -183,6 +183,7 @@ class FakeLink:
     def __init__(self) -> None:
         self.callbacks: dict[str, Callable[[Message], None]] = {}
         self.listeners: list[Callable[[LinkState], None]] = []
+        self.unrouted: Callable[[Message], None] | None = None
         self.published: list[tuple[str, str, dict[str, Any]]] = []
 
     def on_state(self, listener: Callable[[LinkState], None]) -> None:

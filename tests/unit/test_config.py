@@ -390,6 +390,26 @@ def test_whoever_is_not_the_service_is_told_of_credentials_and_stopped_by_none(
         load_config(path, {}, unseen=[])
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cloud: {lanes: [{name: a, broker: '${credential:broker}'}]}",
+        "cloud: {lanes: [{name: a, broker: 'mqtts://h', username: '${credential:a}-${credential:b}', password: p}]}",
+        "security: {tokens: [{name: a, roles: [read], sha256: '${credential:hash}'}]}",
+        "http: {port: '${credential:port}'}",
+    ],
+)
+def test_a_credential_that_must_be_of_some_form_stops_nobody_either(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    unseen: list[str] = []
+    load_config(path, {}, unseen=unseen)
+    assert len(unseen) == 1
+    path.write_text(f"{text}\ncache: {{}}")
+    with pytest.raises(ConfigError, match=r"^[^\n]*cache[^\n]*$"):
+        load_config(path, {}, unseen=[])
+
+
 def test_tokens_can_come_from_the_environment() -> None:
     tokens = f"[{{name: a, roles: [read], sha256: '{'0' * 64}'}}]"
     assert load_config(None, {"EDGE_AGENT__SECURITY__TOKENS": tokens}).security.tokens[0].name == "a"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -158,3 +159,26 @@ async def test_while_the_disk_stalls_nothing_is_acknowledged_on_any_connection(r
     assert rig.acknowledged == 0
     stalled.set()
     await until(lambda: rig.acknowledged == window, what="what the new connection is owed")
+
+
+async def test_a_leftover_subscriptions_message_has_its_turn_too(rig: Rig) -> None:
+    """MQTT asks for PUBACKs in the order of the messages; some brokers end a connection that does not keep it."""
+    stored = asyncio.Event()
+    accept = rig.desk.accept
+
+    async def later(*given: Any, **named: Any) -> Any:
+        await stored.wait()
+        return await accept(*given, **named)
+
+    rig.desk.accept = later  # type: ignore[method-assign]
+    sent: list[int] = []
+    assert rig.desk.link.unrouted is not None
+    callbacks = (rig.desk.link.callbacks["plant/+"], rig.desk.link.unrouted)
+    for number, (topic, callback) in enumerate(zip(("plant/a", "plant/old/b"), callbacks, strict=True)):
+        properties, now = MessageProperties(), rig.clock.monotonic()
+        puback = partial(sent.append, number)
+        callback(Message(topic, READING, 1, False, properties, now, number + 1, acknowledge=puback))
+    await asyncio.sleep(0)
+    assert sent == []
+    stored.set()
+    await until(lambda: sent == [0, 1], what="both, in their order")

@@ -103,6 +103,7 @@ def test_an_exception_is_one_event(capture: Capture) -> None:
         lambda log: log.info('body {"password": "hunter2", "user": "u"}'),
         lambda log: log.info("connecting to mqtt://user:hunter2@broker:1883/x"),
         lambda log: log.info("connecting", extra={"broker": "mqtts://user:hunter2@broker"}),
+        lambda log: log.info("connecting to mqtt://user:%shunter2@broker", "x" * 300),
         lambda log: log.info("connecting to mqtt://user:a/hunter2@broker and mqtt://user:a@hunter2@broker"),
     ],
 )

@@ -233,6 +233,24 @@ async def test_a_stale_answer_ages_while_others_are_tried(house: House, clock: M
     assert isinstance(await house.refusal(deadline_ms=60_000), Unavailable), "by then it is 620 s old"
 
 
+async def test_a_request_is_one_look_up_however_often_the_cache_is_asked(house: House, clock: ManualClock) -> None:
+    await house.infer()
+    clock.advance(120)
+    house.unplug()
+    assert (await house.infer()).stale
+    assert house.pipeline._cache.stats()["lookups"] == {"fresh": 0, "stale": 1, "missed": 1}
+
+
+async def test_what_another_was_told_meanwhile_is_an_earlier_answer(house: House, clock: ManualClock) -> None:
+    async def breaks(*_: Any) -> Any:
+        house.gpu.behaviour = answers
+        await house.infer(producer="another")
+        raise TargetFailed("broken")
+
+    house.gpu.behaviour, house.cloud.state = breaks, UNPLUGGED
+    assert (await house.infer(producer="one")).same_input
+
+
 async def test_a_stale_answer_says_what_is_odd_about_the_inputs(house: House) -> None:
     odd = {"out_of_range": True, "notes": ("inputs.window: 9 to 9; the model was trained on 0 to 1",)}
     await house.infer(**odd)

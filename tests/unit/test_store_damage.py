@@ -145,6 +145,20 @@ def test_a_cache_that_cannot_be_written_because_of_damage_begins_anew(
     cache.close()
 
 
+def test_a_damaged_cache_that_somebody_takes_away_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_file, "RETRY_S", 0.01)
+    cache = opened(tmp_path / "cache.sqlite", ManualClock(), 6)
+    cache.put(key(1), "press", answer())
+    assert cache.flush() and cache._file is not None
+    cache._file._failed(sqlite3.DatabaseError("database disk image is malformed"))
+    for path in tmp_path.glob("cache.sqlite*"):
+        path.unlink()
+    cache.put(key(2), "press", answer())
+    assert cache.flush() or cache.flush()
+    assert not cache.problem() and cache._file._damage is None
+    cache.close()
+
+
 def test_what_is_set_aside_is_kept_whatever_the_clock_says(tmp_path: Path) -> None:
     path = tmp_path / "outbox.sqlite"
     for when in LATER:

@@ -145,21 +145,29 @@ async def test_duplicate_runs_once(rig: Rig) -> None:
 
 
 class Patient(FakePool):
-    """Takes all the time there is the first time, and more."""
+    """Takes all the time there is the first time, and more: until somebody asks again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked_again = asyncio.Event()
 
     async def run(self, sha256: str, inputs: Tensors, deadline: float) -> RunOutcome:
         if not self.runs:
             self.runs.append(sha256)
             await asyncio.sleep(max(0.0, deadline - SystemClock.monotonic()))
+            await self.asked_again.wait()
             raise TargetTimeout("waited for its turn")
         return await super().run(sha256, inputs, deadline)
 
 
 async def test_a_repeat_with_more_time_is_answered_when_the_first_has_run_out_of_it(rig: Rig) -> None:
-    worker, _ = await rig.worker(pool=Patient())
-    rig.ask(b"1", key="same", budget_ms="200")
+    pool = Patient()
+    worker, _ = await rig.worker(pool=pool)
+    rig.ask(b"1", key="same", budget_ms="50")
     await until(lambda: worker.counters.received == 1, what="the first is there")
     rig.ask(b"2", key="same")
+    await until(lambda: worker.counters.duplicates == 1, what="the second is there")
+    pool.asked_again.set()
     (reply,) = await rig.answers()
     assert (status(reply), reply.properties.correlation_data) == ("ok", b"2")
     assert worker.counters.duplicates == 1
