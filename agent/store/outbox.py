@@ -29,15 +29,13 @@ from agent.store.outbox_file import (
     Expire,
     Item,
     OutboxFile,
-    Outcome,
     Put,
     Receipt,
     Remove,
     Step,
     Stored,
-    page,
-    producers,
 )
+from agent.store.outbox_page import page, producers
 from agent.store.sqlite_file import BUSY_S, FolderLock, is_damage, put_aside, words
 
 __all__ = ["BY_PRODUCER", "Expire", "Item", "Outbox", "Put", "Receipt", "Remove", "Stored"]
@@ -52,7 +50,7 @@ Told: TypeAlias = list[tuple[Done, Result]]
 
 T = TypeVar("T")
 
-BATCH = 1024
+BATCH = 512
 """Changes in one transaction."""
 FAILED_S = 0.01
 """Between two batches that the disk did not take."""
@@ -139,7 +137,7 @@ class Outbox:
             if refusal is None:
                 self._queue.append(_Waiting(Put(items, replaces), done))
                 self._puts += 1
-                if self._puts == 1 or self._puts >= self._settings.commit_rows:
+                if self._puts in (1, self._settings.commit_rows):  # what the thread may be waiting for
                     self._changed.notify_all()
         if refusal is not None:
             done(refusal)
@@ -325,13 +323,14 @@ class Outbox:
         told: Told = []
         fresh: set[tuple[str, str]] = set()
         for waiting, outcome in zip(batch, outcomes, strict=True):
-            if isinstance(waiting.change, Remove):
-                self._leaving.discard(waiting.change.seq)
-            elif waiting.done is not None:
-                told.append((waiting.done, _result(outcome)))
-                assert isinstance(waiting.change, Put)
-                if isinstance(outcome, Receipt) and outcome.seqs:
-                    fresh.update((item.route, item.producer) for item in waiting.change.items)
+            change, done = waiting.change, waiting.done
+            if type(change) is Remove:
+                self._leaving.discard(change.seq)
+            elif done is not None and outcome is not None:
+                told.append((done, outcome))
+                if type(change) is Put and type(outcome) is Receipt and outcome.seqs:
+                    for item in change.items:
+                        fresh.add((item.route, item.producer))
         self._tell(told)
         self._step("told")
         if fresh:
@@ -417,11 +416,6 @@ class Outbox:
         reader, self._reader = self._reader, None
         if reader is not None:
             reader.close()
-
-
-def _result(outcome: Outcome) -> Result:
-    assert outcome is not None
-    return outcome
 
 
 def _call(told: Told) -> None:

@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -29,6 +30,8 @@ PURGE_SHARE = 16
 ARRIVAL_S = 600.0
 """How long a message that the broker sends again is known by its packet identifier and content, in running time: the
 identifier is another message's later on, and a sensor may well say the same again."""
+AT_ONCE = 256
+"""Rows of one statement: as many as a commit usually has, and far from the most values that SQLite binds."""
 BY_PRODUCER = "ask"
 """The route whose items are looked for by producer. Those of every other are looked for in their order."""
 
@@ -163,6 +166,7 @@ class OutboxFile:
         run = self._connection.execute
         run("PRAGMA journal_mode = WAL")
         run("PRAGMA synchronous = FULL")
+        run("PRAGMA cache_size = -6144")  # KiB: room for the largest batch, or its pages would be written twice
         run("BEGIN IMMEDIATE")
         run(
             "CREATE TABLE IF NOT EXISTS items (seq INTEGER PRIMARY KEY, route TEXT NOT NULL, producer"
@@ -231,31 +235,42 @@ class OutboxFile:
     def _all_new(self, changes: Sequence[Change], running_s: float) -> list[Outcome] | None:
         """The common case in two statements instead of two for each item: nothing but new items, for all of which there
         is room. None: it is another case, and nothing was changed."""
-        items = [change.items[0] for change in changes if type(change) is Put and len(change.items) == 1]
-        sizes = [item.size for item in items]
-        if (
-            len(items) < len(changes)
-            or any(change.replaces is not None for change in changes if type(change) is Put)
-            or any(item.key is None or not item.repeat for item in items)
-            or self._rows + len(items) > self._settings.max_rows
-            or self._bytes + sum(sizes) > self._settings.max_bytes
-        ):
+        known: list[tuple[object, ...]] = []
+        rows: list[tuple[object, ...]] = []
+        sizes: Counter[str] = Counter()
+        receipts: list[Outcome] = []
+        at, created = self.highest, f" {running_s!r}"
+        for change in changes:
+            if type(change) is not Put or change.replaces is not None or len(change.items) != 1:
+                return None
+            item = change.items[0]
+            route, producer, id_, head, body, key, repeat, question = item
+            if key is None or not repeat:
+                return None
+            at += 1
+            known.append((producer, key, id_, question, running_s))
+            rows.append((at, route, producer, id_, running_s, key, checksum(item, created), head, body))
+            sizes[route] += ROW_BYTES + len(head) + len(body)
+            receipts.append(Receipt((at,), id_))
+        settings, count, size = self._settings, len(rows), sizes.total()
+        if not rows or self._rows + count > settings.max_rows or self._bytes + size > settings.max_bytes:
             return None
         run = self._run
         run("SAVEPOINT new")
-        known = [(item.producer, item.key, item.id, item.question, running_s) for item in items]
-        added = self._connection.executemany("INSERT INTO known VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", known)
-        if added.rowcount < len(items):
+        if self._insert_all("known", known, " ON CONFLICT DO NOTHING") < count:
             run("ROLLBACK TO new")
             run("RELEASE new")
             return None
         run("RELEASE new")
-        self.tally.events["accepted"] += len(items)
-        self._count_remembered(len(items), running_s)
-        return [
-            Receipt((self._insert(item, running_s, item.key, size),), item.id)
-            for item, size in zip(items, sizes, strict=True)
-        ]
+        self.tally.events["accepted"] += count
+        self._count_remembered(count, running_s)
+        self._pending += rows
+        self.highest = at
+        self.tally.rows.update(row[1] for row in rows)  # type: ignore[misc]
+        self.tally.bytes.update(sizes)
+        self._rows += count
+        self._bytes += size
+        return receipts
 
     def _change(self, change: Change) -> Outcome:
         if isinstance(change, Remove):
@@ -294,7 +309,7 @@ class OutboxFile:
     def _insert(self, item: Item, running_s: float, key: str | None, size: int) -> int:
         """Its place. It is written with others, before the next change that might look for it."""
         self.highest = seq = self.highest + 1
-        crc = _crc(item, running_s)
+        crc = checksum(item, f" {running_s!r}")
         self._pending.append((seq, item.route, item.producer, item.id, running_s, key, crc, item.head, item.body))
         self.tally.rows[item.route] += 1
         self.tally.bytes[item.route] += size
@@ -304,9 +319,22 @@ class OutboxFile:
 
     def _flush(self) -> None:
         if self._pending:
-            self._connection.executemany("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", self._pending)
+            self._insert_all("items", self._pending)
             self._pending.clear()
             self._step("inserted")
+
+    def _insert_all(self, table: str, rows: Sequence[tuple[object, ...]], otherwise: str = "") -> int:
+        """How many were inserted. Many by one statement: for each the interpreter's lock is given away once, and
+        whoever puts meanwhile would take it between any two rows."""
+        places = f"({', '.join('?' * len(rows[0]))})"
+        begin, end = f"INSERT INTO {table} VALUES ", len(rows) - len(rows) % AT_ONCE  # noqa: S608
+        added = 0
+        for start in range(0, end, AT_ONCE):
+            values = list(chain.from_iterable(rows[start : start + AT_ONCE]))
+            added += self._run(begin + ", ".join([places] * AT_ONCE) + otherwise, values).rowcount
+        if end < len(rows):
+            added += self._connection.executemany(begin + places + otherwise, rows[end:]).rowcount
+        return added
 
     def _delete(self, where: str, values: Sequence[object], why: str, *, forget: bool = False) -> list[str | None]:
         """The keys they had. `forget`: they were not delivered, so that a repeat is to be taken again."""
@@ -397,46 +425,7 @@ class OutboxFile:
         )
 
 
-def page(
-    connection: sqlite3.Connection, route: str, after: int, rows: int, max_bytes: int, producer: str | None = None
-) -> list[Stored]:
-    """The next items of a route, or of one producer on it, oldest first: at most `rows`, and not many more than
-    `max_bytes`."""
-    found, size = [], 0
-    # A single range of an index, whose entries end with seq: nothing is sorted, however much there is.
-    if route != BY_PRODUCER:
-        among = f"INDEXED BY items_route WHERE route <> '{BY_PRODUCER}' AND route = ?1"
-    elif producer is not None:
-        among = f"INDEXED BY items_producer WHERE route = '{BY_PRODUCER}'"
-    else:
-        among = "WHERE route = ?1"
-    if producer is not None:
-        among += " AND producer = ?2"
-    for seq, name, id_, created, crc, head, body in connection.execute(
-        "SELECT seq, CAST(producer AS TEXT), CAST(id AS TEXT), created, crc,"  # noqa: S608
-        " COALESCE(CAST(head AS BLOB), x''), COALESCE(CAST(body AS BLOB), x'')"
-        f" FROM items {among} AND seq > ?3 ORDER BY seq LIMIT ?4",
-        (route, producer, after, rows),
-    ):
-        whole = crc == _crc(Item(route, name, id_, head, body), created)
-        found.append(Stored(seq, route, name, id_, head, body, created, whole))
-        size += found[-1].size
-        if size >= max_bytes:
-            break
-    return found
-
-
-def producers(connection: sqlite3.Connection) -> list[str]:
-    """Everybody who has an item on the route `BY_PRODUCER`. One step in the index for each, however many they have."""
-    among = f"items INDEXED BY items_producer WHERE route = '{BY_PRODUCER}'"
-    rows = connection.execute(
-        f"WITH RECURSIVE each(name) AS (SELECT MIN(producer) FROM {among} UNION ALL"  # noqa: S608
-        f" SELECT (SELECT MIN(producer) FROM {among} AND producer > name) FROM each"
-        " WHERE name IS NOT NULL) SELECT name FROM each WHERE name IS NOT NULL"
-    )
-    return [name for (name,) in rows]
-
-
-def _crc(item: Item, created: float) -> int:
-    named = f"{item.route} {item.producer} {item.id} {created!r}".encode()
-    return zlib.crc32(item.body, zlib.crc32(item.head, zlib.crc32(named)))
+def checksum(item: Item, created: str) -> int:
+    """`created`: a space, and the number as Python writes it."""
+    route, producer, id_, head, body, *_ = item
+    return zlib.crc32(b"".join((f"{route} {producer} {id_}{created}".encode(), head, body)))

@@ -16,6 +16,8 @@ import psutil
 import yaml
 
 from agent.registry.locate import catalog_path
+from agent.registry.signing import PrivateKey
+from agent.registry.trust import CatalogSignature, signature_path
 from hil.bench import rig
 from hil.bench.http import start_peer
 from hil.bench.report import Aim, Line
@@ -40,11 +42,13 @@ def measure(seconds: float) -> list[Line]:
     found: dict[str, list[list[float]]] = {}
     with Stage() as stage:
         catalog = both_formats(catalog_path(None).parent, stage.folder / "models")
+        owner = PrivateKey.generate()
+        CatalogSignature.make(catalog, 1, owner).save(signature_path(catalog))
         broker = free_port()
         stage.broker("broker", broker)
         for number in range(rounds):
             for key, value in {
-                **_daemon(stage, catalog, broker, f"daemon-{number}"),
+                **_daemon(stage, catalog, owner.public.raw.hex(), broker, f"daemon-{number}"),
                 **_fastapi(stage, f"fastapi-{number}"),
                 **_python(stage, f"python-{number}"),
             }.items():
@@ -65,9 +69,10 @@ def both_formats(models: Path, copy: Path) -> Path:
     return path
 
 
-def _daemon(stage: Stage, catalog: Path, broker: int, name: str) -> dict[str, float]:
+def _daemon(stage: Stage, catalog: Path, key: str, broker: int, name: str) -> dict[str, float]:
     folder = stage.folder / name
-    settings = rig.config(folder, models={"catalog": str(catalog)}, mqtt={"broker": f"mqtt://127.0.0.1:{broker}"})
+    models = {"catalog": str(catalog), "trusted_keys": [key]}
+    settings = rig.config(folder, models=models, mqtt={"broker": f"mqtt://127.0.0.1:{broker}"})
     began = time.perf_counter()
     process = stage.daemon(settings, name)
     ready = time.perf_counter()

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.config import OutboxSection
-from agent.store.outbox_file import Change, Expire, Item, OutboxFile, Put, Remove, page
+from agent.store.outbox_file import Change, Expire, Item, OutboxFile, Put, Remove
+from agent.store.outbox_page import page
 from hil.powerloss.main import STEPS, powerloss
 
 SETTINGS = OutboxSection(enabled=True, max_rows=6)
