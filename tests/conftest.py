@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
+import re
 from collections.abc import Generator
 from typing import Any
 
@@ -26,15 +28,31 @@ settings.register_profile(
 settings.load_profile("ci" if os.environ.get("CI") else "edge")
 
 
+_MISSING = re.compile(
+    r"not installed|could not import|no (iotcore|C compiler|mosquitto|address sanitizer)|lacks|no .* wheel"
+)
+"""Reasons for a skip that a machine with everything does not give."""
+_ELSEWHERE = re.compile("tflite_micro|TensorFlow Lite Micro wheel")
+"""What is to be had for x86-64 alone."""
+
+
+def _missing(reason: str) -> bool:
+    has = platform.machine() == "x86_64" or not _ELSEWHERE.search(reason)
+    return has and _MISSING.search(reason) is not None
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
     """Python 3.11 cannot parse source while it parses source (gh-106905): a finaliser that logs a traceback while that
-    of a failed test is formatted would end the whole run."""
+    of a failed test is formatted would end the whole run. In CI a missing tool is a failure, not a skip."""
     gc.disable()
     try:
-        return (yield)
+        report: pytest.TestReport = yield
     finally:
         gc.enable()
+    if report.skipped and os.environ.get("CI") and _missing(str(report.longrepr)):
+        report.outcome, report.longrepr = "failed", f"skipped in CI: {report.longrepr}"
+    return report
 
 
 @pytest.hookimpl(trylast=True)

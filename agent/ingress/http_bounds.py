@@ -56,7 +56,7 @@ class Bounded(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _counted = ""
-    _flooded = False
+    _flood: Overloaded | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -99,15 +99,14 @@ class Bounded(HttpToolsProtocol):
         super().on_headers_complete()
         if len(self.pipeline) > MAX_PIPELINED:
             self.pipeline.clear()
-            self._flooded = True
-            raise Overloaded(f"more than {MAX_PIPELINED} requests wait on one connection")  # the parser stops
+            self._flood = Overloaded(f"more than {MAX_PIPELINED} requests wait on one connection")
+            raise self._flood  # the parser stops, and has the connection told
 
     def send_400_response(self, msg: str) -> None:
-        if not self._flooded:
+        if self._flood is None:
             super().send_400_response(msg)
             return
-        error = Overloaded(f"more than {MAX_PIPELINED} requests wait on one connection")
-        self.bounds.refused(error, self.client[0] if self.client else "")
+        self.bounds.refused(self._flood, self.client[0] if self.client else "")
         self.transport.abort()  # who does not read would keep what was to be said
 
     def _await_head(self) -> None:

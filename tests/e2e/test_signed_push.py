@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from agent.targets.mcu import McuTarget
 from agent.wire.codes import Rollback, SlotState
 from hil.virtual.control import Control
 
-pytest.importorskip("tflite_micro")
+pytestmark = pytest.mark.skipif(find_spec("tflite_micro") is None, reason="no TensorFlow Lite Micro wheel")
 
 ROOT = Path(__file__).parents[2]
 CLOCK = SystemClock()
