@@ -311,6 +311,7 @@ def test_noise_is_noticed_and_ends(mcu: Virtual) -> None:
 def test_baud_rate_paces_both_directions(tmp_path: Path) -> None:
     virtual = Virtual(tmp_path, "--baud", "115200")
     with virtual.line() as gateway:
+        gateway.resynchronise()  # the first HELLO may be on its way still
         gateway.hello()
         started = time.monotonic()
         gateway.ask("PING", bytes(1000))
