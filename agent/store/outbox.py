@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from agent.config import OutboxSection
 from agent.core.clock import Clock
@@ -35,6 +35,7 @@ from agent.store.outbox_file import (
     Step,
     Stored,
 )
+from agent.store.outbox_known import KnownKeys
 from agent.store.outbox_page import page, producers
 from agent.store.sqlite_file import BUSY_S, FolderLock, is_damage, put_aside, words
 
@@ -47,6 +48,8 @@ Done: TypeAlias = Callable[[Result], None]
 Fresh: TypeAlias = AbstractSet[tuple[str, str]]
 """Pairs of route and producer."""
 Told: TypeAlias = list[tuple[Done, Result]]
+Waiting: TypeAlias = tuple[Change, Done | None]
+"""A change, and who is to be told of it."""
 
 T = TypeVar("T")
 
@@ -73,11 +76,6 @@ EVENTS = (
 """What happens to items: together with the rows that are there, they account for every one that was accepted."""
 
 
-class _Waiting(NamedTuple):
-    change: Change
-    done: Done | None
-
-
 class Outbox:
     """`deliver` hands a list of callbacks and their results to where they are to be called; by default the thread calls
     them itself. `stored` is called the same way with who has something new where, and with None when the file was
@@ -99,15 +97,17 @@ class Outbox:
         self._deliver = deliver
         self._step = step
         self.stored: Callable[[Fresh | None], None] = lambda fresh: None
-        self._queue: deque[_Waiting] = deque()
+        self._queue: deque[Waiting] = deque()
         self._leaving: set[int] = set()
         self._puts = 0
-        self._changed = threading.Condition()
+        self._mutex = threading.Lock()
+        self._changed = threading.Condition(self._mutex)
         self._closing = False
         self._hurry = False
         self._thread: threading.Thread | None = None
         self._lock = FolderLock(path.parent)
         self._file: OutboxFile | None = None
+        self._known = KnownKeys()
         self._reader: sqlite3.Connection | None = None
         self._reading = threading.Lock()
         self._checked = False
@@ -116,7 +116,7 @@ class Outbox:
         self._opened_at = 0.0
         self._running_s = 0.0
         self._highest = 0
-        self._at_hand: Sequence[_Waiting] = ()
+        self._at_hand: Sequence[Waiting] = ()
         self._error: str | None = CHECKING
         self._events: Counter[str] = Counter(dict.fromkeys(EVENTS, 0))
         self._rows: Counter[str] = Counter()
@@ -132,10 +132,10 @@ class Outbox:
     def put(self, items: Sequence[Item], done: Done, *, replaces: int | None = None) -> None:
         """Store all of them or none, and call `done` with a `Receipt` when they are on the disk, else with the reason
         why not: `OutboxFull` or `NotStored`. Of any thread; never waits."""
-        with self._changed:
+        with self._mutex:  # the same lock as the condition's, taken in a third of the time
             refusal = self._refusal(replaces)
             if refusal is None:
-                self._queue.append(_Waiting(Put(items, replaces), done))
+                self._queue.append((Put(items, replaces), done))
                 self._puts += 1
                 if self._puts in (1, self._settings.commit_rows):  # what the thread may be waiting for
                     self._changed.notify_all()
@@ -254,7 +254,7 @@ class Outbox:
 
     def _also(self, change: Change) -> None:
         with self._changed:
-            self._queue.append(_Waiting(change, None))
+            self._queue.append((change, None))
             if len(self._queue) == 1:
                 self._changed.notify_all()
 
@@ -282,7 +282,7 @@ class Outbox:
                 if self._file is not None:
                     self._changed.wait_for(self._enough, self._settings.commit_wait_ms / 1e3)
                 batch = [self._queue.popleft() for _ in range(min(BATCH, len(self._queue)))]
-                self._puts -= sum(waiting.done is not None for waiting in batch)
+                self._puts -= sum(done is not None for _, done in batch)
                 self._hurry = False
                 ending = self._closing and (not self._queue or self._file is None)
             self._at_hand = batch
@@ -293,7 +293,7 @@ class Outbox:
             if failed:  # A try for each batch, but not thousands of them in a second.
                 threading.Event().wait(FAILED_S)
         closed = NotStored("the outbox was closed before it could be written")
-        self._tell([(waiting.done, closed) for waiting in self._queue if waiting.done])
+        self._tell([(done, closed) for _, done in self._queue if done])
         self._keep_time()
         self._disconnect()
         self._lock.release()
@@ -307,14 +307,14 @@ class Outbox:
     def _enough(self) -> bool:
         return self._puts >= self._settings.commit_rows or len(self._queue) >= BATCH or self._hurry or self._closing
 
-    def _commit(self, batch: Sequence[_Waiting]) -> bool:
+    def _commit(self, batch: Sequence[Waiting]) -> bool:
         """False: it failed, and whoever waited was told."""
         self._step("gathered")
         try:
             if self._file is None:
                 self._open(fail=True)
             assert self._file is not None
-            outcomes = self._file.apply([waiting.change for waiting in batch], self.running_s())
+            outcomes = self._file.apply([change for change, _ in batch], self.running_s())
         except (sqlite3.Error, OSError) as error:
             why = self._failed(error)
             self._not_taken(batch, NotStored(f"the disk did not take it: {why}", retry_after_s=10.0))
@@ -322,8 +322,7 @@ class Outbox:
         self._publish_tally()
         told: Told = []
         fresh: set[tuple[str, str]] = set()
-        for waiting, outcome in zip(batch, outcomes, strict=True):
-            change, done = waiting.change, waiting.done
+        for (change, done), outcome in zip(batch, outcomes, strict=True):
             if type(change) is Remove:
                 self._leaving.discard(change.seq)
             elif done is not None and outcome is not None:
@@ -337,12 +336,12 @@ class Outbox:
             self._deliver(lambda: self.stored(fresh))
         return True
 
-    def _not_taken(self, batch: Sequence[_Waiting], why: NotStored) -> None:
+    def _not_taken(self, batch: Sequence[Waiting], why: NotStored) -> None:
         """Tell who waited. What was only to be deleted is deleted later: it is not to be sent again."""
-        self._events["failed"] += sum(waiting.done is not None for waiting in batch)
+        self._events["failed"] += sum(done is not None for _, done in batch)
         with self._changed:
-            self._queue.extendleft(reversed([waiting for waiting in batch if isinstance(waiting.change, Remove)]))
-        self._tell([(waiting.done, why) for waiting in batch if waiting.done])
+            self._queue.extendleft(reversed([waiting for waiting in batch if isinstance(waiting[0], Remove)]))
+        self._tell([(done, why) for _, done in batch if done])
 
     def _tell(self, told: Told) -> None:
         if told:
@@ -391,6 +390,7 @@ class Outbox:
             first_seq=self._highest,
             checked=self._checked,
             doubted=self._doubted,
+            known=self._known,
         )
 
     def _failed(self, error: sqlite3.Error | OSError) -> str:

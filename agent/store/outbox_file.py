@@ -18,9 +18,11 @@ from typing import NamedTuple, TypeAlias
 
 from agent.config import OutboxSection
 from agent.core.errors import InvalidRequest, OutboxFull
+from agent.store import outbox_known
+from agent.store.outbox_known import Key, KnownKeys
 from agent.store.sqlite_file import BUSY_S, check
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ROW_BYTES = 160
 """Counted for each row on top of what it holds: its columns, and its places in the indexes."""
 REMEMBERED_PER_ROW = 4
@@ -30,8 +32,8 @@ PURGE_SHARE = 16
 ARRIVAL_S = 600.0
 """How long a message that the broker sends again is known by its packet identifier and content, in running time: the
 identifier is another message's later on, and a sensor may well say the same again."""
-AT_ONCE = 256
-"""Rows of one statement where as many are to be inserted: 2,304 values, of the 32,766 that SQLite binds."""
+AT_ONCE = 512
+"""Rows of one statement where as many are to be inserted: 4,608 values, of the 32,766 that SQLite binds."""
 BY_PRODUCER = "ask"
 """The route whose items are looked for by producer. Those of every other are looked for in their order."""
 
@@ -131,22 +133,36 @@ class Tally:
 
 class OutboxFile:
     """`first_seq` keeps numbers of a file that was set aside from being used again. `doubted`: it was found damaged
-    while it was used. Raises `sqlite3.Error`."""
+    while it was used. `known`: of the same file, opened before. Raises `sqlite3.Error`."""
 
     def __init__(
-        self, path: Path, settings: OutboxSection, step: Step, *, first_seq: int, checked: bool, doubted: bool = False
+        self,
+        path: Path,
+        settings: OutboxSection,
+        step: Step,
+        *,
+        first_seq: int,
+        checked: bool,
+        doubted: bool = False,
+        known: KnownKeys | None = None,
     ) -> None:
         self._settings = settings
         self._step = step
         self._connection = sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False, isolation_level=None)
         self._run = self._connection.execute
+        # Letters that a flipped bit made unreadable must not keep a row from being deleted.
+        self._connection.text_factory = lambda text: text.decode(errors="replace")
+        self._known = KnownKeys() if known is None else known
+        self._known.begin()
         try:
             if not checked:
-                check(self._connection, SCHEMA_VERSION)
+                check(self._connection, SCHEMA_VERSION, 1)
             self._prepare()
             if doubted:
                 self._repair()
+            self._known.load(self._connection, anew=not checked or doubted)
             self._remembered = 0
+            self._purged = 0
             self._pending: list[tuple[object, ...]] = []
             self.tally = Tally()
             for route, rows, size in self._connection.execute("SELECT route, rows, bytes FROM totals"):
@@ -158,6 +174,7 @@ class OutboxFile:
             if not checked:  # the keys of many short runs are too many as well
                 with contextlib.suppress(sqlite3.OperationalError):  # from a full disk can be read all the same
                     self._purge(self.running_s)
+                    self._known.drop(self._purged)
         except BaseException:
             self._connection.close()
             raise
@@ -166,7 +183,6 @@ class OutboxFile:
         run = self._connection.execute
         run("PRAGMA journal_mode = WAL")
         run("PRAGMA synchronous = FULL")
-        run("PRAGMA cache_size = -6144")  # KiB: room for the largest batch, or its pages would be written twice
         run("BEGIN IMMEDIATE")
         run(
             "CREATE TABLE IF NOT EXISTS items (seq INTEGER PRIMARY KEY, route TEXT NOT NULL, producer"
@@ -175,10 +191,14 @@ class OutboxFile:
         )
         run(f"CREATE INDEX IF NOT EXISTS items_producer ON items (producer) WHERE route = '{BY_PRODUCER}'")
         run(f"CREATE INDEX IF NOT EXISTS items_route ON items (route) WHERE route <> '{BY_PRODUCER}'")
-        run(
-            "CREATE TABLE IF NOT EXISTS known (producer TEXT NOT NULL, key TEXT NOT NULL, id TEXT NOT NULL,"
-            " question BLOB NOT NULL, created REAL NOT NULL, PRIMARY KEY (producer, key)) WITHOUT ROWID"
-        )
+        of_version_1 = run("PRAGMA user_version").fetchone()[0] == 1
+        if of_version_1:
+            run("ALTER TABLE known RENAME TO known_1")
+        run(outbox_known.SCHEMA)
+        if of_version_1:
+            names = "producer, key, id, question, created"
+            run(f"INSERT INTO known ({names}) SELECT {names} FROM known_1 ORDER BY created")  # noqa: S608
+            run("DROP TABLE known_1")
         run("CREATE TABLE IF NOT EXISTS totals (route TEXT PRIMARY KEY, rows INTEGER NOT NULL, bytes INTEGER NOT NULL)")
         run("CREATE TABLE IF NOT EXISTS clock (running_s REAL NOT NULL)")
         if run("SELECT 1 FROM clock").fetchone() is None:
@@ -208,16 +228,21 @@ class OutboxFile:
         run = self._connection.execute
         before, self.tally = self.tally, self.tally.copy()
         self._pending.clear()
-        highest = self.highest
+        self._known.begin()
+        self._purged, highest = 0, self.highest
         try:
             run("BEGIN IMMEDIATE")
             self._step("begun")
+            if self._remembered * PURGE_SHARE > REMEMBERED_PER_ROW * self._settings.max_rows:
+                self._purge(running_s)
             outcomes = self._all_new(changes, running_s)
             if outcomes is None:
                 outcomes = [
                     self._put(change, running_s) if type(change) is Put else self._change(change) for change in changes
                 ]
             self._flush()
+            if remembered := self._known.rows():
+                self._insert_all("known", remembered)
             run("UPDATE clock SET running_s = ?", (running_s,))
             for route, rows in self.tally.rows.items():
                 if (rows, self.tally.bytes[route]) != (before.rows[route], before.bytes[route]):
@@ -230,12 +255,16 @@ class OutboxFile:
             raise
         self._step("committed")
         self.running_s = running_s
+        self._remembered = len(remembered) + (0 if self._purged else self._remembered)
+        self._known.committed()
+        if self._purged:
+            self._known.drop(self._purged)
         return outcomes
 
     def _all_new(self, changes: Sequence[Change], running_s: float) -> list[Outcome] | None:
         """The common case in two statements instead of two for each item: nothing but new items, for all of which there
         is room. None: it is another case, and nothing was changed."""
-        known: list[tuple[object, ...]] = []
+        keys: list[Key] = []
         rows: list[tuple[object, ...]] = []
         sizes: Counter[str] = Counter()
         receipts: list[Outcome] = []
@@ -244,26 +273,19 @@ class OutboxFile:
             if type(change) is not Put or change.replaces is not None or len(change.items) != 1:
                 return None
             item = change.items[0]
-            route, producer, id_, head, body, key, repeat, question = item
-            if key is None or not repeat:
-                return None
+            route, producer, id_, head, body, key, _repeat, question = item
+            if key is not None:
+                keys.append(Key(producer, key, id_, question, running_s))
             at += 1
-            known.append((producer, key, id_, question, running_s))
             rows.append((at, route, producer, id_, running_s, key, checksum(item, created), head, body))
             sizes[route] += ROW_BYTES + len(head) + len(body)
             receipts.append(Receipt((at,), id_))
         settings, count, size = self._settings, len(rows), sizes.total()
         if not rows or self._rows + count > settings.max_rows or self._bytes + size > settings.max_bytes:
             return None
-        run = self._run
-        run("SAVEPOINT new")
-        if self._insert_all("known", known, " ON CONFLICT DO NOTHING") < count:
-            run("ROLLBACK TO new")
-            run("RELEASE new")
+        if not self._known.add_all_new(keys):
             return None
-        run("RELEASE new")
         self.tally.events["accepted"] += count
-        self._count_remembered(count, running_s)
         self._pending += rows
         self.highest = at
         self.tally.rows.update(row[1] for row in rows)  # type: ignore[misc]
@@ -323,18 +345,16 @@ class OutboxFile:
             self._pending.clear()
             self._step("inserted")
 
-    def _insert_all(self, table: str, rows: Sequence[tuple[object, ...]], otherwise: str = "") -> int:
-        """How many were inserted. Many by one statement: for each the interpreter's lock is given away once, and
-        whoever puts meanwhile would take it between any two rows."""
+    def _insert_all(self, table: str, rows: Sequence[tuple[object, ...]]) -> None:
+        """Many by one statement: for each the interpreter's lock is given away once, and whoever puts meanwhile would
+        take it between any two rows."""
         places = f"({', '.join('?' * len(rows[0]))})"
         begin, end = f"INSERT INTO {table} VALUES ", len(rows) - len(rows) % AT_ONCE  # noqa: S608
-        added = 0
         for start in range(0, end, AT_ONCE):
             values = list(chain.from_iterable(rows[start : start + AT_ONCE]))
-            added += self._run(begin + ", ".join([places] * AT_ONCE) + otherwise, values).rowcount
+            self._run(begin + ", ".join([places] * AT_ONCE), values)
         if end < len(rows):
-            added += self._connection.executemany(begin + places + otherwise, rows[end:]).rowcount
-        return added
+            self._connection.executemany(begin + places, rows[end:])
 
     def _delete(self, where: str, values: Sequence[object], why: str, *, forget: bool = False) -> list[str | None]:
         """The keys they had. `forget`: they were not delivered, so that a repeat is to be taken again."""
@@ -383,46 +403,33 @@ class OutboxFile:
         """The id under which it was stored before; None: it was not, and is remembered from now on."""
         if item.key is None:
             return None
-        run = self._run
-        row = (item.producer, item.key, item.id, item.question, running_s)
-        if not item.repeat:
-            run("INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?, ?)", row)
-        elif not run(
-            "INSERT INTO known VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET id = excluded.id, question ="
-            " excluded.question, created = excluded.created WHERE known.key LIKE 'mqtt:%' AND known.created < ?",
-            (*row, running_s - ARRIVAL_S),
-        ).rowcount:
-            id_, question = run(
-                "SELECT id, question FROM known WHERE producer = ? AND key = ?", (item.producer, item.key)
-            ).fetchone()
-            if question != item.question:
+        before = self._known.find(self._connection, item.producer, item.key)
+        if before is not None and item.repeat and not _lapsed(before, running_s):
+            if before.question != item.question:
                 return InvalidRequest("idempotency_key: was used for another question before", field="idempotency_key")
-            return str(id_)
-        self._count_remembered(1, running_s)
+            return before.id
+        key = Key(item.producer, item.key, item.id, item.question, running_s)
+        self._known.add(self._connection, key, before)
         return None
 
-    def _count_remembered(self, more: int, running_s: float) -> None:
-        self._remembered += more
-        if self._remembered * PURGE_SHARE > REMEMBERED_PER_ROW * self._settings.max_rows:
-            self._remembered = 0
-            self._purge(running_s)
-
     def _forget(self, producer: str, key: str | None, id_: str) -> None:
-        if key is not None:  # by its id as well: it may be another item's meanwhile
-            self._connection.execute(
-                "DELETE FROM known WHERE producer = ? AND key = ? AND id = ?", (producer, key, id_)
-            )
+        if key is not None:
+            known = self._known.find(self._connection, producer, key)
+            if known is not None and known.id == id_:  # it may be another item's meanwhile
+                self._known.forget(self._connection, known)
 
     def _purge(self, running_s: float) -> None:
         """Keys are remembered twice as long as an item may live, and in a bounded number."""
-        latest = self._connection.execute(
-            "SELECT created FROM known ORDER BY created DESC LIMIT 1 OFFSET ?",
-            (REMEMBERED_PER_ROW * self._settings.max_rows,),
+        young = self._connection.execute(
+            "SELECT seq FROM known WHERE created >= ? ORDER BY seq LIMIT 1", (running_s - 2 * self._settings.max_age_s,)
         ).fetchone()
-        oldest = running_s - 2 * self._settings.max_age_s
-        self._connection.execute(
-            "DELETE FROM known WHERE created < ?", (oldest if latest is None else max(oldest, latest[0]),)
-        )
+        oldest = self._known.oldest(REMEMBERED_PER_ROW * self._settings.max_rows)
+        self._purged = max(1, oldest, self._known.end if young is None else young[0])
+        self._connection.execute("DELETE FROM known WHERE seq < ?", (self._purged,))
+
+
+def _lapsed(key: Key, running_s: float) -> bool:
+    return key.key.startswith("mqtt:") and key.created < running_s - ARRIVAL_S
 
 
 def checksum(item: Item, created: str) -> int:

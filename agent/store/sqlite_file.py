@@ -49,12 +49,12 @@ class FolderLock:
             os.close(folder)
 
 
-def check(connection: sqlite3.Connection, version: int, *, whole: bool = False) -> None:
-    """Raises `sqlite3.DatabaseError` if the file is damaged, or neither new nor of this schema version. `whole`: also
-    if rows and indexes do not fit together."""
+def check(connection: sqlite3.Connection, *versions: int, whole: bool = False) -> None:
+    """Raises `sqlite3.DatabaseError` if the file is damaged, or neither new nor of one of these schema versions.
+    `whole`: also if rows and indexes do not fit together."""
     faults = [fault for (fault,) in connection.execute(f"PRAGMA {'integrity' if whole else 'quick'}_check(1)")]
     (found,) = connection.execute("PRAGMA user_version").fetchone()
-    if faults != ["ok"] or found not in (0, version):
+    if faults != ["ok"] or found not in (0, *versions):
         raise sqlite3.DatabaseError(faults[0] if faults != ["ok"] else f"schema version {found}")
 
 

@@ -8,13 +8,14 @@ published by the same link from memory. A start with 100,000 items stands beside
 from __future__ import annotations
 
 import asyncio
-import itertools
+import gc
 import queue
 import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from agent.config import OutboxSection
@@ -34,6 +35,8 @@ ITEM_BYTES = 1024
 BATCH = 64
 WINDOW = 1024
 """Items that wait for their acknowledgement at once: a quarter of what may (`outbox.max_waiting`)."""
+FASTEST_S = 5e-6
+"""No item is accepted in less: so many are made ready."""
 ACCEPT_AIM = 2.0
 """Times what bare SQLite takes: half its rate."""
 DRAIN_AIM_US = 500.0
@@ -56,36 +59,13 @@ def measure(seconds: float) -> list[Line]:
 def _accepting(folder: Path, seconds: float) -> list[Line]:
     outbox = Outbox(folder / "accept.sqlite", SETTINGS, SystemClock())
     outbox.start()
-    numbers = itertools.count()
-    window: queue.SimpleQueue[None] = queue.SimpleQueue()
-    for _ in range(WINDOW):
-        window.put(None)
     refused: list[InferenceError] = []
-
-    def done(result: Receipt | InferenceError) -> None:
-        if isinstance(result, InferenceError):
-            refused.append(result)
-        window.put(None)
-
-    def ours(seconds: float) -> Sequence[float]:
-        began, count = time.perf_counter(), 0
-        while time.perf_counter() - began < seconds:
-            window.get()
-            number = str(next(numbers))
-            outbox.put([Item(ASK, "bench", number, HEAD, BODY, key=number)], done)
-            count += 1
-        for _ in range(WINDOW):  # until every one is acknowledged
-            window.get()
-        took = time.perf_counter() - began
-        for _ in range(WINDOW):
-            window.put(None)
-        return [took / count * 1e6]
-
-    found = alternate({"ours": ours, "peer": _bare(folder / "bare.sqlite")}, max(seconds, 2.0))
+    sides = {"ours": _accepted(outbox, refused), "peer": _bare(folder / "bare.sqlite")}
+    found = alternate(sides, max(seconds, 2.0))
     outbox.close()
     if refused:
         raise CannotMeasure(f"the outbox refused an item: {refused[0].message}")
-    note = "an item with a key, by which a repeat would be known"
+    note = "an item with a random key, by which a repeat would be known"
     return [
         Line(
             "outbox",
@@ -98,6 +78,44 @@ def _accepting(folder: Path, seconds: float) -> list[Line]:
             note,
         )
     ]
+
+
+def _accepted(outbox: Outbox, refused: list[InferenceError]) -> Sampler:
+    """Acknowledgements while as many items as `WINDOW` wait for theirs all the time: from the first ones on, and
+    without the last, which wait for company that does not come. The items are there before, as the rows of bare SQLite
+    are."""
+    random = Random(1)
+    window: queue.SimpleQueue[None] = queue.SimpleQueue()
+    acknowledged = 0
+
+    def done(result: Receipt | InferenceError) -> None:
+        nonlocal acknowledged
+        acknowledged += 1
+        if isinstance(result, InferenceError):
+            refused.append(result)
+        window.put(None)
+
+    def sample(seconds: float) -> Sequence[float]:
+        keys = [f"{random.getrandbits(128):032x}" for _ in range(WINDOW + int(seconds / FASTEST_S))]
+        items = [[Item(ASK, "bench", key, HEAD, BODY, key=key)] for key in keys]
+        gc.collect()
+        gc.freeze()  # nor are they looked through while the outbox is at work
+        for item in items[:WINDOW]:
+            outbox.put(item, done)
+        window.get()
+        began, before = time.perf_counter(), acknowledged
+        for item in items[WINDOW:]:
+            outbox.put(item, done)
+            window.get()
+            if time.perf_counter() - began > seconds:
+                break
+        took, count = time.perf_counter() - began, acknowledged - before
+        for _ in range(WINDOW - 1):  # of the first ones, one was taken before
+            window.get()
+        gc.unfreeze()
+        return [took / count * 1e6]
+
+    return sample
 
 
 def _bare(path: Path) -> Sampler:
