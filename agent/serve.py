@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -62,12 +63,14 @@ class Service:
         except (ConfigError, LinkError) as error:
             log.error("cannot start", extra={"reason": str(error)})
             return 2 if isinstance(error, ConfigError) else 1
+        settle()
         self._notifier.ready("serving")
         names = [target.traits.name for target in first.targets]
         log.info("ready", extra={"gateway": settings.config.gateway.id, "targets": names})
         app: App | None = first
         while app is not None and await self._again():
             app, settings = await self._renew(app, settings)
+            settle()
         if app is None:
             return 1
         self._notifier.stopping("draining")
@@ -176,6 +179,14 @@ class Service:
         for fault in faults:
             log.error("reload refused", extra={"reason": fault})
         self._notifier.ready("serving; the last reload was refused")
+
+
+def settle() -> None:
+    """Have the garbage collector pass over what is here to stay. Looking through all that was imported and loaded holds
+    up the event loop each time, for 20 to 50 ms on a PC and longer on a small board."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def _same_door(old: Settings, new: Settings) -> bool:

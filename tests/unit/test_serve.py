@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,3 +96,29 @@ async def test_a_defect_in_a_reload_leaves_what_runs(
     assert app.reloads.status()["refused"] == 1 and "a defect" in app.reloads.problem
     assert app.metrics.render(), "the scrape still reads what runs"
     assert last_words(caplog).msg == "reload refused"
+
+
+def test_what_stays_is_passed_over_by_the_garbage_collector_and_what_went_is_not() -> None:
+    """As after a start and after a reload: the former daemon's parts, which know each other, are gone by then."""
+
+    class Part:
+        other: Part
+
+    def parts() -> tuple[Part, Part]:
+        one, two = Part(), Part()
+        one.other, two.other = two, one
+        return one, two
+
+    former, _ = parts()
+    try:
+        serve_module.settle()
+        assert gc.get_freeze_count() > 1000
+        assert not any(thing is former for thing in gc.get_objects())
+        gone = weakref.ref(former)
+        del former, _
+        gc.collect()
+        assert gone() is not None  # a circle that stays until the next reload
+        serve_module.settle()
+        assert gone() is None
+    finally:
+        gc.unfreeze()
