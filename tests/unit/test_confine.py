@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -50,6 +51,31 @@ def test_the_filter(machine: confine._Machine) -> None:
     assert verdict(machine, machine.clone, 17) == confine._REFUSE, "a process"
     assert verdict(machine, machine.tgkill, OWN) == confine._ALLOW, "abort(3)"
     assert verdict(machine, machine.tgkill, OWN + 1) == confine._REFUSE
+
+
+REFUSED = (
+    "socket connect execve execveat ptrace process_vm_readv process_vm_writev io_uring_setup kill tkill rt_sigqueueinfo"
+    " rt_tgsigqueueinfo pidfd_send_signal pidfd_getfd"
+).split()
+
+
+@pytest.mark.parametrize(
+    ("machine", "header", "more"),
+    [
+        (X86_64, Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), ["fork", "vfork"]),
+        (ARM64, Path("/usr/include/asm-generic/unistd.h"), []),
+    ],
+)
+def test_the_numbers_are_those_of_the_kernel(machine: confine._Machine, header: Path, more: list[str]) -> None:
+    """arm64 has the generic table, which Debian's headers bring for every machine."""
+    if not header.exists():
+        pytest.skip(f"no {header}: another processor, or no linux-libc-dev")
+    found = {name: int(number) for name, number in re.findall(r"#define __NR_(\w+)\s+(\d+)", header.read_text())}
+    assert machine.refused == tuple(found[name] for name in REFUSED + more)
+    assert (machine.seccomp, machine.clone, machine.tgkill) == (found["seccomp"], found["clone"], found["tgkill"])
+    assert found["clone3"] == confine._CLONE3
+    assert found["landlock_create_ruleset"] == confine._LANDLOCK_CREATE
+    assert found["landlock_restrict_self"] == confine._LANDLOCK_RESTRICT
 
 
 def test_it_starts_no_process_and_leaves_its_parent_alone() -> None:
