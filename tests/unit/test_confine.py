@@ -53,10 +53,22 @@ def test_the_filter(machine: confine._Machine) -> None:
     assert verdict(machine, machine.tgkill, OWN + 1) == confine._REFUSE
 
 
-REFUSED = (
-    "socket connect execve execveat ptrace process_vm_readv process_vm_writev io_uring_setup kill tkill rt_sigqueueinfo"
-    " rt_tgsigqueueinfo pidfd_send_signal pidfd_getfd"
-).split()
+REFUSED = [
+    "socket",
+    "connect",
+    "execve",
+    "execveat",
+    "ptrace",
+    "process_vm_readv",
+    "process_vm_writev",
+    "io_uring_setup",
+    "kill",
+    "tkill",
+    "rt_sigqueueinfo",
+    "rt_tgsigqueueinfo",
+    "pidfd_send_signal",
+    "pidfd_getfd",
+]
 
 
 @pytest.mark.parametrize(
