@@ -116,6 +116,10 @@ class InvalidRequest(InferenceError):
     http_status = 400
 
 
+class UnknownKey(InvalidRequest):
+    """`field` is a word of whoever asks. It stands in the answer, and on no record: it may be anything."""
+
+
 class Unauthorized(InferenceError):
     """Nobody knows who asks. The message is the same whatever is wrong with the token."""
 

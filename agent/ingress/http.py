@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 from agent import __version__
 from agent.config import HttpSection, SecuritySection
 from agent.core.clock import Clock, SystemClock
-from agent.core.errors import InferenceError, InvalidRequest, Overloaded, RateLimited
+from agent.core.errors import InferenceError, InvalidRequest, Overloaded, RateLimited, UnknownKey
 from agent.core.types import InferenceRequest
 from agent.core.within import within
 from agent.ingress import http_models, http_pages
@@ -241,7 +241,7 @@ class HttpDoor:
         who: Identity = request.scope["identity"]
         if kind == "application/json":
             if query:
-                raise InvalidRequest(f"{next(iter(query))}: belongs into the JSON document", field=next(iter(query)))
+                raise UnknownKey(f"{next(iter(query))}: belongs into the JSON document", field=next(iter(query)))
             document = decode_json(body)
             producer = who.as_producer(named_producer(document))
             question = admission.from_document(document, producer=producer, received=received, asked_by=who.name)

@@ -9,9 +9,13 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from agent.core.errors import InvalidRequest
+from agent.core.errors import InvalidRequest, UnknownKey
 
 MAX_OPTIONS = 32
+MAX_CONTAINERS = 65_536
+"""Arrays and objects in one document: each costs a hundred times its two bytes, and the collector walks over all of
+them, so that a payload of nothing else would hold the loop up for half a second. A nested picture of 224 x 224 has
+fewer."""
 DTYPES = ("float32", "float16", "int8", "uint8", "int16", "int32", "int64")
 """How raw bytes may be read."""
 
@@ -43,6 +47,11 @@ def decode_json(data: bytes) -> Any:
 
     Raises `Undecodable`, which names the position.
     """
+    if data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:
+        raise Undecodable(
+            f"(payload): holds more than {MAX_CONTAINERS} arrays and objects; send the tensor flat, or as raw bytes",
+            field="(payload)",
+        )
     try:
         return from_json(data, cache_strings="keys")
     except ValueError as error:
@@ -54,7 +63,7 @@ def read_options(pairs: Iterable[tuple[str, str]]) -> RawOptions:
     options: dict[str, Any] = {}
     for key, text in pairs:
         if key in options:
-            raise InvalidRequest(f"{key[:64]}: is given twice", field=key[:64])
+            raise UnknownKey(f"{key[:64]}: is given twice", field=key[:64])
         if len(options) >= MAX_OPTIONS:
             raise InvalidRequest(f"(options): at most {MAX_OPTIONS} can be given", field="(options)")
         options[key] = _READERS.get(key, _text)(key, text)

@@ -12,7 +12,7 @@ import numpy as np
 
 from agent.config import LatencyThresholds, ProducerSection, RoutingSection
 from agent.core.clock import Clock
-from agent.core.errors import InvalidRequest, UnknownModel
+from agent.core.errors import InvalidRequest, UnknownKey, UnknownModel
 from agent.core.types import AccuracyMode, InferenceRequest, LatencyClass, Tensor
 from agent.registry.catalog import Catalog, DType, Family, FamilyTensor
 
@@ -94,7 +94,7 @@ class Admission:
             _refuse("(body)", f"must be a JSON object, found {_kind(document)}")
         unknown = sorted(str(key)[:64] for key in document if key not in _KEYS)
         if unknown:
-            _refuse(unknown[0], f"unknown key; known: {', '.join(sorted(_KEYS))}")
+            _refuse(unknown[0], f"unknown key; known: {', '.join(sorted(_KEYS))}", UnknownKey)
         family = self.catalog.family(_text(document, "model", model) or _refuse("model", "is missing"))
         if "inputs" not in document:
             _refuse("inputs", f"is missing; {family.name} takes {_describe(family)}")
@@ -119,7 +119,7 @@ class Admission:
         options = options or {}
         unknown = sorted(str(key)[:64] for key in options if key not in _KEYS)
         if unknown:
-            _refuse(unknown[0], f"unknown key; known: {', '.join(sorted(_KEYS))}")
+            _refuse(unknown[0], f"unknown key; known: {', '.join(sorted(_KEYS))}", UnknownKey)
         family = self.catalog.family(model)
         if len(family.inputs) != 1:
             _refuse("inputs", f"{family.name} has {len(family.inputs)} inputs: raw bytes are for models with one")
@@ -247,9 +247,9 @@ def class_of(deadline_ms: float, limits: LatencyThresholds) -> LatencyClass:
     return LatencyClass.INTERACTIVE if deadline_ms <= limits.batch else LatencyClass.BATCH
 
 
-def _refuse(field: str, message: str) -> NoReturn:
+def _refuse(field: str, message: str, kind: type[InvalidRequest] = InvalidRequest) -> NoReturn:
     field = _printable(field)
-    raise InvalidRequest(f"{field}: {_printable(message)}", field=field)
+    raise kind(f"{field}: {_printable(message)}", field=field)
 
 
 def _printable(text: str) -> str:
@@ -361,7 +361,7 @@ def _tensors(inputs: object, family: Family) -> dict[str, Tensor]:
     names = {spec.name for spec in family.inputs}
     for key in inputs:
         if key not in names:
-            _refuse(f"inputs.{str(key)[:64]}", f"no such input; {family.name} takes {_describe(family)}")
+            _refuse(f"inputs.{str(key)[:64]}", f"no such input; {family.name} takes {_describe(family)}", UnknownKey)
     tensors = {}
     for spec in family.inputs:
         if spec.name not in inputs:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from agent.config import RoutingSection
-from agent.core.errors import TargetBusy
+from agent.core.errors import TargetBusy, TargetTimeout
 from agent.core.types import Attempt, LatencyClass, TargetAnswer
 from agent.registry.catalog import Variant
 from agent.routing.attempt import GRACE_S, Asking, TargetState
@@ -86,6 +86,7 @@ class Walk:
         self._attempts: list[Attempt] = []
         self._reasons: list[str] = []
         self._failed: list[TargetState] = []
+        self._silent: list[TargetState] = []
         self._cost_usd = 0.0
         self._late = False
 
@@ -130,17 +131,32 @@ class Walk:
             return 0
         now = self._asking.clock.monotonic()
         room_s = self._end - now
+        silent = {state.traits.link for state in self._silent}
         for position, play in enumerate(left):
             state = self._states[play.target]
+            if state.traits.link and state.traits.link in silent and self._elsewhere(left, silent, now):
+                continue
             gone = standing(state, self._latency_class, now) is not None
             if gone and position == 0:
                 return 0  # to be skipped, and to say why
             if not gone and state.estimate(self._variants[play], now).p95_s <= room_s:
                 if position:
-                    passed = left[0].target
-                    self._reasons.append(f"{passed}: put off: not sure to answer in the {room_s * 1e3:.1f} ms left")
+                    passed, why = left[0].target, f"not sure to answer in the {room_s * 1e3:.1f} ms left"
+                    if self._states[passed].traits.link in silent:
+                        why = "reached over the link that was silent"
+                    self._reasons.append(f"{passed}: put off: {why}")
                 return position
         return 0
+
+    def _elsewhere(self, left: Sequence[Play], silent: set[str], now: float) -> bool:
+        """Whether somebody can answer in time who is not reached over a link that was silent."""
+        return any(
+            state.traits.link not in silent
+            and standing(state, self._latency_class, now) is None
+            and now + state.estimate(self._variants[play], now).p95_s <= self._end
+            for play in left
+            for state in (self._states[play.target],)
+        )
 
     async def _try(self, side: Side, left: list[Play]) -> tuple[TargetAnswer | None, Side]:
         """One attempt, or two that overlap; the second is then taken off what is left."""
@@ -170,6 +186,8 @@ class Walk:
             self._reasons.append(f"{attempt.target}: cancelled {took}: the other answered first")
         elif attempt.outcome != "ok":
             self._failed.append(side.state)
+            if attempt.outcome == TargetTimeout.code and side.state.traits.link:
+                self._silent.append(side.state)
             self._reasons.append(f"{attempt.target}: {attempt.outcome} {took}: {attempt.error}")
 
     def _no_answer(self) -> NoAnswer:
@@ -269,6 +287,8 @@ class Walk:
             state, variant = self._states[play.target], self._variants[play]
             if state is side.state or (state.traits.metered and not self._hedge_metered):
                 continue
+            if state.traits.link and state.traits.link == side.state.traits.link:
+                continue  # what keeps the one from answering may keep the other
             estimate = state.estimate(variant, now)
             after_s = max(first_s, room_s - estimate.p95_s)
             if standing(state, self._latency_class, now) is None and after_s + estimate.p50_s <= room_s:

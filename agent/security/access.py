@@ -11,7 +11,7 @@ from typing import Any
 
 from agent.config import ProducerSection, Role, SecuritySection
 from agent.core.clock import Clock
-from agent.core.errors import Forbidden, InferenceError, RateLimited, Unauthorized
+from agent.core.errors import Forbidden, InferenceError, RateLimited, Unauthorized, UnknownKey
 from agent.security.audit import Audit
 from agent.security.identity import Identity
 from agent.security.jwts import JwtVerifier, Rejected
@@ -119,7 +119,8 @@ class Guard:
         first few are, then their number once a minute."""
         self.refusals[error.code] += 1
         why = next(iter(getattr(error, "__notes__", ())), None)
-        fields = {"door": door, "who": who, "from": address, "outcome": error.code, "field": error.field, "reason": why}
+        field = "(unknown key)" if isinstance(error, UnknownKey) else error.field
+        fields = {"door": door, "who": who, "from": address, "outcome": error.code, "field": field, "reason": why}
         fields = {name: value for name, value in fields.items() if value}
         kind = (door, who, network(address), error.code, why)  # not the field, which whoever asks may choose
         if self._repeats.admit(kind, fields, self._clock.monotonic()):

@@ -24,7 +24,6 @@ from agent.core.clock import Clock
 from agent.core.errors import InferenceError, NotStored, OutboxFull
 from agent.core.lasting import lasting_thread
 from agent.store.outbox_file import (
-    BY_PRODUCER,
     Change,
     Expire,
     Item,
@@ -37,7 +36,8 @@ from agent.store.outbox_file import (
 )
 from agent.store.outbox_known import KnownKeys
 from agent.store.outbox_page import page, producers
-from agent.store.sqlite_file import BUSY_S, FolderLock, is_damage, put_aside, words
+from agent.store.outbox_tables import BY_PRODUCER, connect
+from agent.store.sqlite_file import FolderLock, is_damage, put_aside, words
 
 __all__ = ["BY_PRODUCER", "Expire", "Item", "Outbox", "Put", "Receipt", "Remove", "Stored"]
 
@@ -176,10 +176,8 @@ class Outbox:
                 if not self.ready:
                     raise NotStored(f"the outbox cannot be read: {self._error}")
                 if self._reader is None:
-                    self._reader = sqlite3.connect(self._path, timeout=BUSY_S, check_same_thread=False)
+                    self._reader = connect(self._path)
                     self._reader.execute("PRAGMA query_only = TRUE")
-                    # A damaged row must not keep the others from being read; its checksum shows it.
-                    self._reader.text_factory = lambda text: text.decode(errors="replace")
                 return read(self._reader)
             except sqlite3.Error as error:
                 self._close_reader()
@@ -265,6 +263,7 @@ class Outbox:
         for what was at hand is told that nobody knows."""
         if self._at_hand:
             self._disconnect()
+            self._checked, self._doubted = False, True
             self._error = "it failed, and is opened again"
             self._not_taken(self._at_hand, NotStored("the outbox failed while it was being written", retry_after_s=1.0))
             self._at_hand = ()

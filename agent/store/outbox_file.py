@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,13 +17,9 @@ from typing import NamedTuple, TypeAlias
 
 from agent.config import OutboxSection
 from agent.core.errors import InvalidRequest, OutboxFull
-from agent.store import outbox_known
 from agent.store.outbox_known import Key, KnownKeys
-from agent.store.sqlite_file import BUSY_S, check
+from agent.store.outbox_tables import BY_PRODUCER, ROW_BYTES, checksum, open_tables
 
-SCHEMA_VERSION = 2
-ROW_BYTES = 160
-"""Counted for each row on top of what it holds: its columns, and its places in the indexes."""
 REMEMBERED_PER_ROW = 4
 """Keys remembered for each row that the outbox may hold, so that a repeat is known after its item was delivered."""
 PURGE_SHARE = 16
@@ -34,9 +29,6 @@ ARRIVAL_S = 600.0
 identifier is another message's later on, and a sensor may well say the same again."""
 AT_ONCE = 512
 """Rows of one statement where as many are to be inserted: 4,608 values, of the 32,766 that SQLite binds."""
-BY_PRODUCER = "ask"
-"""The route whose items are looked for by producer. Those of every other are looked for in their order."""
-
 Step: TypeAlias = Callable[[str], None]
 
 
@@ -148,77 +140,32 @@ class OutboxFile:
     ) -> None:
         self._settings = settings
         self._step = step
-        self._connection = sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False, isolation_level=None)
+        self._connection, given_up = open_tables(path, checked=checked, doubted=doubted)
         self._run = self._connection.execute
-        # Letters that a flipped bit made unreadable must not keep a row from being deleted.
-        self._connection.text_factory = lambda text: text.decode(errors="replace")
         self._known = KnownKeys() if known is None else known
         self._known.begin()
+        self._purged = 0
+        self._pending: list[tuple[object, ...]] = []
+        self.tally = Tally()
+        self.tally.events["damaged"] += given_up
         try:
-            if not checked:
-                check(self._connection, SCHEMA_VERSION, 1)
-            self._prepare()
-            if doubted:
-                self._repair()
             self._known.load(self._connection, anew=not checked or doubted)
-            self._remembered = 0
-            self._purged = 0
-            self._pending: list[tuple[object, ...]] = []
-            self.tally = Tally()
             for route, rows, size in self._connection.execute("SELECT route, rows, bytes FROM totals"):
                 self.tally.rows[route], self.tally.bytes[route] = rows, size
             self._rows, self._bytes = self.tally.rows.total(), self.tally.bytes.total()
-            (self.running_s,) = self._connection.execute("SELECT running_s FROM clock").fetchone()
+            (self.running_s,) = self._connection.execute("SELECT MIN(running_s) FROM clock").fetchone()
             (highest,) = self._connection.execute("SELECT MAX(seq) FROM items").fetchone()
             self.highest = max(first_seq, highest or 0)
             if not checked:  # the keys of many short runs are too many as well
                 with contextlib.suppress(sqlite3.OperationalError):  # from a full disk can be read all the same
                     self._purge(self.running_s)
                     self._known.drop(self._purged)
+        except TypeError as error:  # a place or a sum that is no number any more
+            self._connection.close()
+            raise sqlite3.DatabaseError(f"what it holds cannot be read: {error!r}") from None
         except BaseException:
             self._connection.close()
             raise
-
-    def _prepare(self) -> None:
-        run = self._connection.execute
-        run("PRAGMA journal_mode = WAL")
-        run("PRAGMA synchronous = FULL")
-        run("BEGIN IMMEDIATE")
-        run(
-            "CREATE TABLE IF NOT EXISTS items (seq INTEGER PRIMARY KEY, route TEXT NOT NULL, producer"
-            " TEXT NOT NULL, id TEXT NOT NULL, created REAL NOT NULL, key TEXT, crc INTEGER NOT NULL,"
-            " head BLOB NOT NULL, body BLOB NOT NULL)"
-        )
-        run(f"CREATE INDEX IF NOT EXISTS items_producer ON items (producer) WHERE route = '{BY_PRODUCER}'")
-        run(f"CREATE INDEX IF NOT EXISTS items_route ON items (route) WHERE route <> '{BY_PRODUCER}'")
-        of_version_1 = run("PRAGMA user_version").fetchone()[0] == 1
-        if of_version_1:
-            run("ALTER TABLE known RENAME TO known_1")
-        run(outbox_known.SCHEMA)
-        if of_version_1:
-            names = "producer, key, id, question, created"
-            run(f"INSERT INTO known ({names}) SELECT {names} FROM known_1 ORDER BY created")  # noqa: S608
-            run("DROP TABLE known_1")
-        run("CREATE TABLE IF NOT EXISTS totals (route TEXT PRIMARY KEY, rows INTEGER NOT NULL, bytes INTEGER NOT NULL)")
-        run("CREATE TABLE IF NOT EXISTS clock (running_s REAL NOT NULL)")
-        if run("SELECT 1 FROM clock").fetchone() is None:
-            run("INSERT INTO clock VALUES (0)")
-        run(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        run("COMMIT")
-
-    def _repair(self) -> None:
-        """Make anew what is derived from the rows. `quick_check` does not hold rows and indexes against each other: one
-        bit of a producer that flipped, or one page that was not written, would fail every later change for ever."""
-        run = self._connection.execute
-        run("BEGIN IMMEDIATE")
-        run("REINDEX")
-        run("DELETE FROM totals")
-        run(
-            f"INSERT INTO totals SELECT route, COUNT(*), SUM({ROW_BYTES} + length(head) + length(body))"  # noqa: S608
-            " FROM items GROUP BY route"
-        )
-        run("COMMIT")
-        check(self._connection, SCHEMA_VERSION, whole=True)
 
     def close(self) -> None:
         self._connection.close()
@@ -233,7 +180,7 @@ class OutboxFile:
         try:
             run("BEGIN IMMEDIATE")
             self._step("begun")
-            if self._remembered * PURGE_SHARE > REMEMBERED_PER_ROW * self._settings.max_rows:
+            if self._known.remembered * PURGE_SHARE > REMEMBERED_PER_ROW * self._settings.max_rows:
                 self._purge(running_s)
             outcomes = self._all_new(changes, running_s)
             if outcomes is None:
@@ -255,7 +202,7 @@ class OutboxFile:
             raise
         self._step("committed")
         self.running_s = running_s
-        self._remembered = len(remembered) + (0 if self._purged else self._remembered)
+        self._known.remembered = len(remembered) + (0 if self._purged else self._known.remembered)
         self._known.committed()
         if self._purged:
             self._known.drop(self._purged)
@@ -277,7 +224,8 @@ class OutboxFile:
             if key is not None:
                 keys.append(Key(producer, key, id_, question, running_s))
             at += 1
-            rows.append((at, route, producer, id_, running_s, key, checksum(item, created), head, body))
+            crc = checksum(route, producer, id_, created, head, body)
+            rows.append((at, route, producer, id_, running_s, key, crc, head, body))
             sizes[route] += ROW_BYTES + len(head) + len(body)
             receipts.append(Receipt((at,), id_))
         settings, count, size = self._settings, len(rows), sizes.total()
@@ -331,7 +279,7 @@ class OutboxFile:
     def _insert(self, item: Item, running_s: float, key: str | None, size: int) -> int:
         """Its place. It is written with others, before the next change that might look for it."""
         self.highest = seq = self.highest + 1
-        crc = checksum(item, f" {running_s!r}")
+        crc = checksum(item.route, item.producer, item.id, f" {running_s!r}", item.head, item.body)
         self._pending.append((seq, item.route, item.producer, item.id, running_s, key, crc, item.head, item.body))
         self.tally.rows[item.route] += 1
         self.tally.bytes[item.route] += size
@@ -360,7 +308,8 @@ class OutboxFile:
         """The keys they had. `forget`: they were not delivered, so that a repeat is to be taken again."""
         self._flush()
         rows = self._connection.execute(
-            f"DELETE FROM items WHERE {where} RETURNING route, length(head) + length(body), producer, key, id",  # noqa: S608
+            f"DELETE FROM items WHERE {where} RETURNING CAST(route AS TEXT),"  # noqa: S608
+            " COALESCE(length(head) + length(body), 0), producer, key, id",
             values,
         ).fetchall()
         for route, size, producer, key, id_ in rows:
@@ -430,9 +379,3 @@ class OutboxFile:
 
 def _lapsed(key: Key, running_s: float) -> bool:
     return key.key.startswith("mqtt:") and key.created < running_s - ARRIVAL_S
-
-
-def checksum(item: Item, created: str) -> int:
-    """`created`: a space, and the number as Python writes it."""
-    route, producer, id_, head, body, *_ = item
-    return zlib.crc32(b"".join((f"{route} {producer} {id_}{created}".encode(), head, body)))

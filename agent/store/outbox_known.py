@@ -45,7 +45,11 @@ class KnownKeys:
         self._places: NDArray[np.int64] = np.empty(0, np.int64)
         self._recent: dict[int, int] = {}
         self._new: dict[int, Key] = {}
+        self._gone: list[int] = []
+        self._dead: list[int] = []
         self._highest = 0
+        self.remembered = 0
+        """Keys added since the last purge, also if the file was opened again since."""
 
     @property
     def end(self) -> int:
@@ -65,10 +69,12 @@ class KnownKeys:
         order = np.argsort(np.asarray(hashes), kind="stable")
         self._hashes, self._places = np.asarray(hashes)[order], np.asarray(places)[order]
         self._recent.clear()
+        self._dead.clear()
         self._highest = highest
 
     def begin(self) -> None:
         self._new.clear()
+        self._gone.clear()
 
     def add_all_new(self, keys: Sequence[Key]) -> bool:
         """Remember all of them; none, and False, if one may be known or is there twice."""
@@ -106,7 +112,8 @@ class KnownKeys:
         """As it was found."""
         name = hashed(key.producer, key.key)
         if self._new.pop(name, None) is None:
-            connection.execute("DELETE FROM known WHERE seq = ?", (self._place(name),))
+            self._gone.append(self._place(name))
+            connection.execute("DELETE FROM known WHERE seq = ?", self._gone[-1:])
 
     def rows(self) -> list[tuple[object, ...]]:
         """What is to be inserted before the commit."""
@@ -117,12 +124,18 @@ class KnownKeys:
             self._highest += 1
             self._recent[name] = self._highest
         self._new.clear()
+        self._dead += self._gone
+        self._gone.clear()
         if len(self._recent) > RECENT:
             self._merge()
 
     def oldest(self, keep: int) -> int:
         """The place from which on there are `keep` keys at most, of those committed; `keep` is 1 or more."""
         self._merge()
+        if self._dead:  # forgotten: they count no more
+            stay = ~np.isin(self._places, self._dead)
+            self._hashes, self._places = self._hashes[stay], self._places[stay]
+            self._dead.clear()
         surplus = len(self._places) - keep
         return 0 if surplus <= 0 else int(np.partition(self._places, surplus)[surplus])
 

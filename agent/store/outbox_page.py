@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 
-from agent.store.outbox_file import BY_PRODUCER, Item, Stored, checksum
+from agent.store.outbox_file import Stored
+from agent.store.outbox_tables import BY_PRODUCER, ROW, checksum
 
 
 def page(
@@ -22,13 +23,11 @@ def page(
         among = "WHERE route = ?1"
     if producer is not None:
         among += " AND producer = ?2"
-    for seq, name, id_, created, crc, head, body in connection.execute(
-        "SELECT seq, CAST(producer AS TEXT), CAST(id AS TEXT), created, crc,"  # noqa: S608
-        " COALESCE(CAST(head AS BLOB), x''), COALESCE(CAST(body AS BLOB), x'')"
-        f" FROM items {among} AND seq > ?3 ORDER BY seq LIMIT ?4",
+    for seq, way, name, id_, created, crc, head, body in connection.execute(
+        f"SELECT {ROW} FROM items {among} AND seq > ?3 ORDER BY seq LIMIT ?4",  # noqa: S608
         (route, producer, after, rows),
     ):
-        whole = crc == checksum(Item(route, name, id_, head, body), f" {created!r}")
+        whole = crc == checksum(way, name, id_, f" {created!r}", head, body)
         found.append(Stored(seq, route, name, id_, head, body, created, whole))
         size += found[-1].size
         if size >= max_bytes:

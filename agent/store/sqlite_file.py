@@ -49,6 +49,15 @@ class FolderLock:
             os.close(folder)
 
 
+def check_header(path: Path) -> None:
+    """Raises `sqlite3.DatabaseError` if SQLite would call the file read-only for ever, because of the byte that says by
+    which version it may be written. Nobody has it open in this process: closing it gives up its locks."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        header = file.read(20)
+        if len(header) == 20 and header[18] not in (1, 2):
+            raise sqlite3.DatabaseError(f"write version {header[18]}")
+
+
 def check(connection: sqlite3.Connection, *versions: int, whole: bool = False) -> None:
     """Raises `sqlite3.DatabaseError` if the file is damaged, or neither new nor of one of these schema versions.
     `whole`: also if rows and indexes do not fit together."""
@@ -60,6 +69,8 @@ def check(connection: sqlite3.Connection, *versions: int, whole: bool = False) -
 
 def is_damage(error: sqlite3.Error) -> bool:
     """Whether the file itself is at fault. Locked, full, read-only: nothing is wrong with what it holds."""
+    if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_ERROR:  # no such column: our own statements are right
+        return True
     return isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
 
 

@@ -49,6 +49,8 @@ class TargetTraits:
     bytes_per_s: float = inf
     overhead_bytes: int = 0
     metered: bool = False
+    link: str = ""
+    """What it is reached over, where others may be too: the broker of a lane."""
 
 
 class Target(Protocol):

@@ -108,6 +108,7 @@ class CloudLane:
             region=lane.region,
             backup=lane.backup,
             metered=lane.cost_per_request > 0 if lane.metered is None else lane.metered,
+            link=lane.broker,
         )
         instance = os.urandom(4).hex()  # two daemons of one name must not read each other's replies
         self._reply_topic = protocol.reply_topic(lane.topic, gateway_id, instance)
