@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,8 @@ from agent.store.outbox import Item, Outbox, Receipt, Stored
 
 log = logging.getLogger(__name__)
 
-PAGE_ROWS = 16
+PAGE_ROWS = 64
+"""Requests of one producer whose answers may be on their way to the disk at once."""
 IDLE_S = 10.0
 Regions = Callable[[str, frozenset[str]], frozenset[str]]
 """Which regions may see what a producer asks, of those that its request allows: by today's rules."""
@@ -52,6 +53,10 @@ class _Counters:
     """Answered with a refusal: the request, or today's catalogue, is at fault."""
     retried: int = 0
     expired: int = 0
+
+
+_Answer = tuple[str, asyncio.Future[Receipt]]
+"""By which counter it counts once it is on the disk, and whether it is."""
 
 
 @dataclass(slots=True)
@@ -190,15 +195,16 @@ class Asker:
         try:
             rows = await asyncio.to_thread(self._outbox.page, ASK, 0, PAGE_ROWS, producer=name)
             more = bool(rows)
-            for stored in rows:
-                if self._closing:
-                    return
-                await self._paced()
-                if not await self._ask(stored):
-                    self.counters.retried += 1
-                    producer.ready = self._clock.monotonic() + producer.backoff.failed(self._clock.monotonic())
-                    return
+            answers: list[_Answer] = []
+            try:
+                all_asked = await self._ask_each(rows, answers)
+            finally:
+                await self._committed(answers)
+            if answers:
                 producer.backoff.succeeded()
+            if not all_asked:
+                self.counters.retried += 1
+                producer.ready = self._clock.monotonic() + producer.backoff.failed(self._clock.monotonic())
         except NotStored as error:
             log.warning("durable requests cannot be answered now", extra={"error": str(error)})
             producer.ready = self._clock.monotonic() + producer.backoff.failed(self._clock.monotonic())
@@ -210,12 +216,33 @@ class Asker:
             if not more and not producer.fresh:
                 self._producers.pop(name, None)
 
+    async def _ask_each(self, rows: Sequence[Stored], answers: list[_Answer]) -> bool:
+        """Nobody waits for the disk between two requests: their answers go there together, and `in_turn` keeps them in
+        order if it takes some and not others. False: one cannot be answered now."""
+        for stored in rows:
+            if self._closing:
+                break
+            await self._paced()
+            if not await self._ask(stored, answers):
+                return False
+        return True
+
+    async def _committed(self, answers: list[_Answer]) -> None:
+        """Raises `NotStored` if one of them is not on the disk."""
+        if not answers:
+            return
+        outcomes = await asyncio.gather(*(told for _, told in answers), return_exceptions=True)
+        for (what, _), outcome in zip(answers, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+            setattr(self.counters, what, getattr(self.counters, what) + 1)
+
     async def _paced(self) -> None:
         while not self._pace.take(self._clock.monotonic()):  # noqa: ASYNC110  time is what it waits for
             await asyncio.sleep(self._pace.wait_s())
 
-    async def _ask(self, stored: Stored) -> bool:
-        """False: to be tried again. Raises `NotStored` if the answer could not be written."""
+    async def _ask(self, stored: Stored, answers: list[_Answer]) -> bool:
+        """False: to be tried again."""
         now = self._clock.monotonic()
         request: InferenceRequest | None = None
         outcome: InferenceResult | InferenceError
@@ -238,7 +265,7 @@ class Asker:
             if tried_outcome is None:
                 return False
             outcome = tried_outcome
-        await self._finish(stored, request, back, outcome)
+        answers.append(self._finish(stored, request, back, outcome))
         return True
 
     async def _try(self, stored: Stored, request: InferenceRequest) -> InferenceResult | InferenceError | None:
@@ -259,25 +286,28 @@ class Asker:
         expired.request_id = request.id
         return expired
 
-    async def _finish(
+    def _finish(
         self, stored: Stored, request: InferenceRequest | None, back: Return, outcome: InferenceResult | InferenceError
-    ) -> None:
+    ) -> _Answer:
         items = [answer_item(stored, back, outcome)]
         topic = None if request is None else self._uplink_topic(request)
         if request is not None and topic is not None:
             items.append(uplink_item(request, outcome, topic, self._clock.wall(), stored.id))
-        await replace(self._outbox, items, stored.seq)
-        if isinstance(outcome, Expired):
-            self.counters.expired += 1
-        elif isinstance(outcome, InferenceError):
-            self.counters.refused += 1
-        else:
-            self.counters.answered += 1
+        what = "answered"
+        if isinstance(outcome, InferenceError):
+            what = "expired" if isinstance(outcome, Expired) else "refused"
+        # What was dropped meanwhile stays dropped.
+        return what, begin_put(self._outbox, items, stored.seq)
 
 
-async def put(outbox: Outbox, items: list[Item], replaces: int | None = None) -> Receipt:
+async def put(outbox: Outbox, items: list[Item]) -> Receipt:
     """`Outbox.put`, awaited. For an outbox that delivers to this loop. Raises `OutboxFull`, `NotStored` and
     `InvalidRequest`."""
+    return await begin_put(outbox, items)
+
+
+def begin_put(outbox: Outbox, items: list[Item], replaces: int | None = None) -> asyncio.Future[Receipt]:
+    """As `put`; awaited by whoever is told. `replaces`: in its producer's order."""
     told: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
 
     def done(result: Receipt | InferenceError) -> None:
@@ -288,10 +318,5 @@ async def put(outbox: Outbox, items: list[Item], replaces: int | None = None) ->
         else:
             told.set_result(result)
 
-    outbox.put(items, done, replaces=replaces)
-    return await told
-
-
-async def replace(outbox: Outbox, items: list[Item], seq: int) -> None:
-    """As `put`; what was dropped meanwhile stays dropped."""
-    await put(outbox, items, seq)
+    outbox.put(items, done, replaces=replaces, in_turn=replaces is not None)
+    return told

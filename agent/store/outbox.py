@@ -129,13 +129,13 @@ class Outbox:
         """Begin to open the file; returns at once."""
         self._thread = lasting_thread("outbox", self._run)
 
-    def put(self, items: Sequence[Item], done: Done, *, replaces: int | None = None) -> None:
+    def put(self, items: Sequence[Item], done: Done, *, replaces: int | None = None, in_turn: bool = False) -> None:
         """Store all of them or none, and call `done` with a `Receipt` when they are on the disk, else with the reason
-        why not: `OutboxFull` or `NotStored`. Of any thread; never waits."""
+        why not: `OutboxFull` or `NotStored`. `replaces`, `in_turn`: as in `Put`. Of any thread; never waits."""
         with self._mutex:  # the same lock as the condition's, taken in a third of the time
             refusal = self._refusal(replaces)
             if refusal is None:
-                self._queue.append((Put(items, replaces), done))
+                self._queue.append((Put(items, replaces, in_turn), done))
                 self._puts += 1
                 if self._puts in (1, self._settings.commit_rows):  # what the thread may be waiting for
                     self._changed.notify_all()

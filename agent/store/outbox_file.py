@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from agent.config import OutboxSection
-from agent.core.errors import InvalidRequest, OutboxFull
+from agent.core.errors import InvalidRequest, NotStored, OutboxFull
 from agent.store.outbox_known import Key, KnownKeys
 from agent.store.outbox_tables import BY_PRODUCER, ROW_BYTES, checksum, open_tables
 
@@ -84,10 +84,11 @@ class Receipt(NamedTuple):
 @dataclass(slots=True)
 class Put:
     """Store items, all or none of them. `replaces`: in place of that row, whose id they have and whose key the first
-    one inherits."""
+    one inherits. `in_turn`: not while the producer has an earlier row on the route `BY_PRODUCER`."""
 
     items: Sequence[Item]
     replaces: int | None = None
+    in_turn: bool = False
 
 
 @dataclass(slots=True)
@@ -108,7 +109,7 @@ class Expire:
 
 
 Change: TypeAlias = Put | Remove | Expire
-Outcome: TypeAlias = Receipt | OutboxFull | InvalidRequest | None
+Outcome: TypeAlias = Receipt | OutboxFull | NotStored | InvalidRequest | None
 
 
 @dataclass(slots=True)
@@ -252,6 +253,8 @@ class OutboxFile:
     def _put(self, put: Put, running_s: float) -> Outcome:
         first = put.items[0]
         if put.replaces is not None:
+            if put.in_turn and self._earlier(first.producer, put.replaces):
+                return NotStored("an earlier request of the producer has no answer on the disk", retry_after_s=1.0)
             gone = self._delete("seq = ?", (put.replaces,), "answered")
             if not gone:
                 return Receipt((), first.id)
@@ -275,6 +278,15 @@ class OutboxFile:
             seqs.append(self._insert(item, running_s, key, item.size))
             key = None
         return Receipt(tuple(seqs), first.id)
+
+    def _earlier(self, producer: str, seq: int) -> bool:
+        self._flush()
+        among = f"items INDEXED BY items_producer WHERE route = '{BY_PRODUCER}'"
+        row = self._run(
+            f"SELECT 1 FROM {among} AND producer = ? AND seq < ? LIMIT 1",  # noqa: S608
+            (producer, seq),
+        ).fetchone()
+        return row is not None
 
     def _insert(self, item: Item, running_s: float, key: str | None, size: int) -> int:
         """Its place. It is written with others, before the next change that might look for it."""

@@ -127,6 +127,61 @@ async def test_in_order_for_each_producer_and_again_until_it_works(rig: Rig) -> 
     assert [answer["request_id"] for answer in rig.results()[5:]] == [f"b{number}" for number in range(5)]
 
 
+async def test_the_next_is_asked_without_waiting_for_the_disk(rig: Rig) -> None:
+    """A commit for each answer would be 20 answers in a second where commits wait 50 ms for company."""
+    commits = 0
+
+    def count(name: str) -> None:
+        nonlocal commits
+        commits += name == "committed"
+
+    rig.outbox._settings = SETTINGS.model_copy(update={"commit_wait_ms": 1000})
+    items = [[request_item(rig.request(str(number)), Return("back"), None, repeat=True)] for number in range(64)]
+    await asyncio.gather(*(put(rig.outbox, item) for item in items))
+    assert rig.outbox._file is not None
+    rig.outbox._file._step = count
+
+    def all_answered() -> bool:
+        rig.clock.advance(0.01)
+        return len(rig.results()) == 64
+
+    await until(all_answered)
+    assert [answer["request_id"] for answer in rig.results()] == [str(number) for number in range(64)]
+    assert commits <= 3
+
+
+async def test_the_order_is_kept_when_the_disk_takes_some_and_not_others(rig: Rig) -> None:
+    """The first answer is lost with its commit. Those behind it, in later commits, may not take its place."""
+    failed = False
+
+    def fail(name: str) -> None:
+        nonlocal failed
+        if name == "begun" and rig.asked and not failed:
+            failed = True
+            raise sqlite3.OperationalError("disk I/O error")
+
+    async def infer(request: InferenceRequest) -> InferenceResult:
+        if request.id == "1":
+            await until(lambda: failed)
+        return await rig._infer(request)
+
+    rig.asker._infer = infer
+    assert rig.outbox._file is not None
+    rig.outbox._file._step = fail
+    items = [[request_item(rig.request(str(number)), Return("back"), None, repeat=True)] for number in range(12)]
+    await asyncio.gather(*(put(rig.outbox, item) for item in items))
+
+    def all_answered() -> bool:
+        rig.asker.nudge()
+        rig.clock.advance(0.01)
+        return rig.outbox.ready and len(rig.results()) == 12
+
+    await until(all_answered)
+    assert failed
+    assert len(rig.asked) > 12
+    assert [answer["request_id"] for answer in rig.results()] == [str(number) for number in range(12)]
+
+
 async def test_regions_are_those_of_today_when_it_is_asked(rig: Rig) -> None:
     """A producer's rule may have become stricter since its request was stored."""
     rig.rules["ruled"] = frozenset({"eu"})

@@ -78,7 +78,7 @@ class Pair:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
         self.clock = VirtualClock(loop)
-        self.first = FakeTarget(Tier.EDGE_MCU, first, prior_s=SLOW_S)
+        self.first = FakeTarget(Tier.EDGE_MCU, first, prior_s=SLOW_S, link=traits.get("link", ""))
         self.second = FakeTarget(tier, second, **({"prior_s": QUICK_S} | traits))
         self.budgets = Spent()
         self.router = Router(
@@ -323,3 +323,12 @@ async def test_many_at_once_keep_to_the_places_of_the_target(family: Family) -> 
     await asyncio.gather(*(router.run(one, family) for one in asked), return_exceptions=True)
     assert peak == 4
     assert all(state.in_flight == 0 for state in router._states.values())
+
+
+@virtual
+async def test_what_is_reached_over_the_same_link_is_no_second(family: Family) -> None:
+    pair = Pair(link="mqtts://one")
+    pair.first.behaviour = takes(0.009)
+    routed = await pair.run(family)
+    assert not pair.second.asked
+    assert outcomes(routed.attempts) == [("edge_mcu", "ok")]

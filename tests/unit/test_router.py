@@ -252,6 +252,36 @@ async def test_two_lanes_over_one_dead_link_leave_the_edge_its_time(family: Fami
     assert any(reason.startswith("cloud_serverless: put off") for reason in routed.reasons)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+async def test_what_is_reached_over_a_link_that_was_silent_goes_last(
+    family: Family, clock: ManualClock, shared: bool
+) -> None:
+    gpu = FakeTarget(GPU)
+    first = FakeTarget(CLOUD, link="mqtts://one")
+    second = FakeTarget(SERVERLESS, link="mqtts://one" if shared else "mqtts://another")
+    router = Router(
+        [gpu, first, second],
+        RoutingSection(hedge_classes=()),
+        clock,
+        accuracy_of=lambda variant: 0.99 if variant.id == "large" else 0.5,
+    )
+    first.behaviour = after(clock, 0.2, raises(TargetTimeout("no reply")))
+    request = make_request(clock, 5000, latency_class=LatencyClass.BATCH, accuracy=AccuracyMode.HIGH)
+    routed = await router.run(request, family)
+    after_it = "edge_gpu" if shared else "cloud_serverless"
+    assert outcomes(routed.attempts) == [("cloud_gpu", "timeout"), (after_it, "ok")]
+    told = "cloud_serverless: put off: reached over the link that was silent"
+    assert (told in routed.reasons) == shared
+
+
+async def test_over_a_silent_link_is_better_than_not_at_all(family: Family, clock: ManualClock) -> None:
+    first, second = FakeTarget(CLOUD, link="mqtts://one"), FakeTarget(SERVERLESS, link="mqtts://one")
+    router = Router([first, second], RoutingSection(hedge_classes=()), clock)
+    first.behaviour = after(clock, 0.2, raises(TargetTimeout("no reply")))
+    routed = await router.run(make_request(clock, 5000, latency_class=LatencyClass.BATCH), family)
+    assert outcomes(routed.attempts) == [("cloud_gpu", "timeout"), ("cloud_serverless", "ok")]
+
+
 async def test_a_deadline_that_nobody_can_meet_is_late_at_once(
     router: Router, fleet: dict[str, FakeTarget], family: Family, clock: ManualClock
 ) -> None:
