@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -61,6 +62,8 @@ class Heritage(NamedTuple):
     started: float
     reloads: Reloads
     memory: Memory
+    refused: Counter[str]
+    outbox_events: Counter[str]
 
 
 class App:
@@ -68,7 +71,7 @@ class App:
 
     def __init__(self, settings: Settings, clock: Clock, heritage: Heritage | None = None) -> None:
         config, catalog, trust = settings
-        heritage = heritage or Heritage(Metrics(), clock.monotonic(), Reloads(clock), Memory())
+        heritage = heritage or Heritage(Metrics(), clock.monotonic(), Reloads(clock), Memory(), Counter(), Counter())
         self._settings = settings
         self._config, self._catalog = config, catalog
         self._clock = clock
@@ -114,7 +117,7 @@ class App:
         regions = {target.traits.name: target.traits.region for target in self.targets}
         audit = config.security.audit
         self.audit = Audit(audit, config.gateway.state_dir, clock, regions) if audit.enabled else None
-        self.guard = Guard(config.security, clock, config.producers, self.audit)
+        self.guard = Guard(config.security, clock, config.producers, self.audit, heritage.refused)
         self.certificates = Watch(certificate_files(config), config.security.certificate_warn_days)
         application = create_app(self, self.metrics, config.http, self.recent, clock, self.guard)
         self.http = HttpServer(
@@ -155,6 +158,7 @@ class App:
             audit=self.audit,
             askable=self._askable,
             regions=self.admission.allowed_regions,
+            events=self.heritage.outbox_events,
         )
         durable = {topic: sensor for topic, sensor in config.sensors.items() if sensor.durable}
         desk.door = DurableDoor(self, desk, config.mqtt, durable, config.gateway.id, self.metrics, self.guard)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,13 +57,14 @@ class Desk:
         askable: Callable[[], frozenset[str]] = frozenset,
         regions: Regions = lambda producer, asked: asked,
         step: Step = lambda name: None,
+        events: Counter[str] | None = None,
     ) -> None:
         settings = config.outbox
         self._clock = clock
         self._audit = audit
         self._askable = askable
         self._prefix = f"edge/{config.gateway.id}"
-        self.outbox = Outbox(folder / "outbox.sqlite", settings, clock, deliver=self._deliver, step=step)
+        self.outbox = Outbox(folder / "outbox.sqlite", settings, clock, deliver=self._deliver, step=step, events=events)
         self.outbox.stored = self._stored
         self._loop: asyncio.AbstractEventLoop | None = None
         self.door: Door | None = None

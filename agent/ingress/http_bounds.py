@@ -6,9 +6,10 @@ uvicorn bounds neither. Without them a stranger who opens connections and says n
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, NoReturn
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -21,6 +22,11 @@ MAX_HEAD_BYTES = 64 << 10
 MAX_PIPELINED = 16
 """Requests of one connection that wait behind the one being answered. uvicorn keeps as many as come in one read, which
 are tens of thousands, for as long as the client takes to read the answers."""
+
+_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+_ERRORS = logging.getLogger("uvicorn.error.connection")
+"""uvicorn's warnings of a connection are said here by name and address, or are advice to its developer."""
+_ERRORS.setLevel(logging.ERROR)
 
 Refused = Callable[[InferenceError, str], None]
 """Called with what was refused, and the address."""
@@ -40,6 +46,12 @@ class HeadTooLarge(InvalidRequest):
     http_status = 431
 
 
+class Malformed(InvalidRequest):
+    """What came is no HTTP, or could be read in two ways."""
+
+    code = "malformed"
+
+
 class Bounds(NamedTuple):
     """What the connections of one server share. `open_now` leaves out this machine's own addresses."""
 
@@ -55,10 +67,12 @@ class Bounded(HttpToolsProtocol):
 
     _head_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
+    _field_bytes = 0
     _counted = ""
-    _flood: Overloaded | None = None
+    _fault: InferenceError | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self.logger = _ERRORS
         super().connection_made(transport)
         address = self.client[0] if self.client else ""
         if not is_loopback(address):
@@ -95,19 +109,45 @@ class Bounded(HttpToolsProtocol):
         if self._head_bytes > MAX_HEAD_BYTES:
             self._end(HeadTooLarge(f"headers of more than {MAX_HEAD_BYTES} bytes"))
 
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._field_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count_field(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self._count_field(len(name) + len(value) + len(": \r\n"))
+
+    def _count_field(self, size: int) -> None:
+        """A head that came in one piece has an end before it is known how long it is."""
+        self._field_bytes += size
+        if self._field_bytes > MAX_HEAD_BYTES:
+            self._stop(HeadTooLarge(f"headers of more than {MAX_HEAD_BYTES} bytes"))
+
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         if len(self.pipeline) > MAX_PIPELINED:
             self.pipeline.clear()
-            self._flood = Overloaded(f"more than {MAX_PIPELINED} requests wait on one connection")
-            raise self._flood  # the parser stops, and has the connection told
+            self._stop(Overloaded(f"more than {MAX_PIPELINED} requests wait on one connection"))
+
+    def _stop(self, fault: InferenceError) -> NoReturn:
+        """The parser stops, and has the connection told."""
+        self._fault = fault
+        raise fault
 
     def send_400_response(self, msg: str) -> None:
-        if self._flood is None:
+        fault = self._fault or Malformed(f"(connection): {msg}", field="(connection)")
+        self.bounds.refused(fault, self.client[0] if self.client else "")
+        if isinstance(fault, Overloaded):
+            self.transport.abort()  # who does not read would keep what was to be said
+        elif isinstance(fault, HeadTooLarge):
+            self.transport.write(_TOO_LARGE)
+            self.transport.close()
+        else:
             super().send_400_response(msg)
-            return
-        self.bounds.refused(self._flood, self.client[0] if self.client else "")
-        self.transport.abort()  # who does not read would keep what was to be said
 
     def _await_head(self) -> None:
         self._head_bytes = 0
@@ -128,9 +168,7 @@ class Bounded(HttpToolsProtocol):
         if self._head_bytes:  # or it never said a word: a browser that opened one in advance
             self.bounds.refused(error, self.client[0] if self.client else "")
         if isinstance(error, HeadTooLarge):
-            self.transport.write(
-                b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
-            )
+            self.transport.write(_TOO_LARGE)
         self.transport.close()
 
 

@@ -36,8 +36,9 @@ class Guard:
         clock: Clock,
         producers: Mapping[str, ProducerSection] | None = None,
         audit: Audit | None = None,
+        refusals: Counter[str] | None = None,
     ) -> None:
-        """Raises `ConfigError` for keys that cannot be used."""
+        """`refusals` goes on being counted in. Raises `ConfigError` for keys that cannot be used."""
         self._clock = clock
         self._audit = audit
         self._tokens = StaticTokens(section.tokens)
@@ -49,7 +50,7 @@ class Guard:
         self._producers = Buckets(limits.producer, limits.tracked, own)
         self._failures = Buckets(limits.failures, limits.tracked)
         self._repeats = Repeats()
-        self.refusals: Counter[str] = Counter()
+        self.refusals: Counter[str] = Counter() if refusals is None else refusals
 
     # --- who ---
 

@@ -68,8 +68,9 @@ class AuditFiles:
         elif self._size and self._size + len(made) > self._max_bytes:
             self._rotate()
         self._torn = True
-        if os.write(self._fd, made) != len(made):
-            raise OSError(errno.ENOSPC, "the disk took only a part")
+        left = memoryview(made)
+        while left:  # of a full disk, the next try says what is wrong
+            left = left[os.write(self._fd, left) :]
         self._torn = False
         self._size += len(made)
         self.head = head

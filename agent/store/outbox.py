@@ -79,8 +79,8 @@ EVENTS = (
 class Outbox:
     """`deliver` hands a list of callbacks and their results to where they are to be called; by default the thread calls
     them itself. `stored` is called the same way with who has something new where, and with None when the file was
-    opened, so that anybody may. `step` is told each step of
-    an item's life, for tests that end the process there."""
+    opened, so that anybody may. `step` is told each step of an item's life, for tests that end the process there.
+    `events` goes on being counted in."""
 
     def __init__(
         self,
@@ -90,6 +90,7 @@ class Outbox:
         *,
         deliver: Callable[[Callable[[], None]], None] = lambda call: call(),
         step: Step = lambda name: None,
+        events: Counter[str] | None = None,
     ) -> None:
         self._path = path
         self._settings = settings
@@ -118,7 +119,8 @@ class Outbox:
         self._highest = 0
         self._at_hand: Sequence[Waiting] = ()
         self._error: str | None = CHECKING
-        self._events: Counter[str] = Counter(dict.fromkeys(EVENTS, 0))
+        self._events: Counter[str] = Counter() if events is None else events
+        self._events.update(dict.fromkeys(EVENTS, 0))
         self._rows: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
         self.set_aside: str | None = None

@@ -6,7 +6,10 @@ appended, and found through what is held in memory: a hash and a place for each,
 
 from __future__ import annotations
 
+import hashlib
+import os
 import sqlite3
+import sys
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -21,6 +24,10 @@ COLUMNS = "seq INTEGER PRIMARY KEY, producer TEXT NOT NULL, key TEXT NOT NULL, i
 SCHEMA = f"CREATE TABLE IF NOT EXISTS known ({COLUMNS}, created REAL NOT NULL)"
 
 
+_WIDE = sys.hash_info.width >= 64
+_SECRET = os.urandom(16)
+
+
 class Key(NamedTuple):
     """A key, the item it was used for, and when, in running time."""
 
@@ -33,7 +40,10 @@ class Key(NamedTuple):
 
 def hashed(producer: str, key: str) -> int:
     """64 bits, with the process's own secret: nobody can choose keys that collide."""
-    return hash((producer, key))
+    if _WIDE:
+        return hash((producer, key))
+    digest = hashlib.blake2b(f"{producer}\0{key}".encode(errors="replace"), digest_size=8, key=_SECRET).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 class KnownKeys:

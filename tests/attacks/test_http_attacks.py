@@ -193,6 +193,33 @@ def test_many_silent_connections(fort: Fort, address: str) -> None:
         wire.close()
 
 
+HEADS: dict[str, tuple[bytes, bytes, str]] = {
+    "a length and chunks": (b"Content-Length: 4\r\nTransfer-Encoding: chunked", b"400", "malformed"),
+    "a header without a colon": (b"no colon", b"400", "malformed"),
+    "a header of 100,000 bytes": (b"X: " + b"a" * 100_000, b"431", "head_too_large"),
+    "a thousand headers": (
+        b"\r\n".join(b"X-%d: " % number + b"a" * 90 for number in range(1000)),
+        b"431",
+        "head_too_large",
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "status", "code"), HEADS.values(), ids=HEADS)
+def test_heads_that_are_wrong(fort: Fort, address: str, fields: bytes, status: bytes, code: str) -> None:
+    with socket.create_connection(("127.0.0.1", fort.http_port), 20, (address, 0)) as wire:
+        wire.sendall(b"POST /infer HTTP/1.1\r\nHost: localhost\r\n" + fields + b"\r\n\r\n")
+        assert wire.makefile("rb").read().startswith(b"HTTP/1.1 " + status)
+    fort.refused_once(address, code)
+
+
+def test_an_address_without_end(fort: Fort, address: str) -> None:
+    with socket.create_connection(("127.0.0.1", fort.http_port), 20, (address, 0)) as wire:
+        wire.sendall(b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert wire.makefile("rb").read().startswith(b"HTTP/1.1 431 ")
+    fort.refused_once(address, "head_too_large")
+
+
 # --- documents -------------------------------------------------------------------------------------------------------
 
 DOCUMENTS: dict[str, tuple[bytes, int, str]] = {

@@ -92,14 +92,26 @@ def test_a_real_disk_that_is_full(tmp_path: Path) -> None:
     assert files.head.seq == 1
 
 
+class FullDisk:
+    """Takes a part, then nothing more."""
+
+    def __init__(self, room: int) -> None:
+        self._room, self._write = room, os.write
+
+    def __call__(self, fd: int, data: Any) -> int:
+        if not self._room:
+            raise OSError(28, "No space left on device")
+        room, self._room = self._room, 0
+        return self._write(fd, bytes(data)[:room])
+
+
 def test_a_batch_written_in_part_is_cut_off_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = opened(tmp_path)
     files.append([{"n": 1}])
-    real = os.write
-    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, bytes(data)[:20]))
-    with pytest.raises(OSError, match="part"):
-        files.append([{"n": 2}])
-    monkeypatch.setattr(os, "write", real)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", FullDisk(20))
+        with pytest.raises(OSError, match="No space"):
+            files.append([{"n": 2}])
     files.append([{"n": 3}])
     files.close()
     assert (verified(tmp_path).broken, verified(tmp_path).lines) == (None, 2)
@@ -108,7 +120,7 @@ def test_a_batch_written_in_part_is_cut_off_before_the_next(tmp_path: Path, monk
 def test_it_goes_on_when_there_is_room_again_for_the_next_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, entry = opened(tmp_path, max_bytes=2000), {"what": "x" * 200}
     files.append([entry])
-    write, begin = os.write, os.open
+    begin = os.open
 
     def no_room(path: Any, *given: Any, **named: Any) -> int:
         if "audit-" in str(path):
@@ -116,8 +128,8 @@ def test_it_goes_on_when_there_is_room_again_for_the_next_file(tmp_path: Path, m
         return begin(path, *given, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "write", lambda fd, data: write(fd, bytes(data)[:10]))
-        with pytest.raises(OSError, match="part"):
+        patch.setattr(os, "write", FullDisk(10))
+        with pytest.raises(OSError, match="No space"):
             files.append([entry])
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", no_room)

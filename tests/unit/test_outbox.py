@@ -184,22 +184,6 @@ def test_what_cannot_be_a_repeat_is_stored(box: Box) -> None:
     assert box.put(item("c", key="k")) == Receipt((), "b", True)
 
 
-def test_an_answer_waits_for_those_to_earlier_questions_of_its_producer(box: Box) -> None:
-    asked = [box.put(item(id_, route="ask", producer=producer)) for id_, producer in ("ap", "bq", "cp")]
-    first, other, second = [receipt.seqs[0] for receipt in asked if isinstance(receipt, Receipt)]
-    told: queue.Queue[Any] = queue.Queue()
-
-    def answer(id_: str, producer: str, seq: int) -> Any:
-        box.outbox.put([item(id_, route="local", producer=producer)], told.put, replaces=seq, in_turn=True)
-        return told.get(timeout=LIMIT_S)
-
-    assert isinstance(answer("c", "p", second), NotStored)
-    assert isinstance(answer("b", "q", other), Receipt)
-    assert isinstance(answer("a", "p", first), Receipt)
-    assert isinstance(answer("c", "p", second), Receipt)
-    assert box.ids("local") == ["b", "a", "c"]
-
-
 def test_an_answer_takes_the_place_of_its_question(box: Box) -> None:
     asked = box.put(item("q", route="ask", key="k"))
     assert isinstance(asked, Receipt)

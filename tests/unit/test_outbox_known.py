@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.config import OutboxSection
+from agent.core.errors import NotStored
 from agent.store import outbox_known
 from agent.store.outbox_file import Item, OutboxFile, Put, Receipt, Remove
 from agent.store.outbox_known import Key, KnownKeys
+from agent.store.outbox_page import page
 
 SETTINGS = OutboxSection(enabled=True)
 
@@ -192,4 +194,21 @@ def test_a_row_whose_letters_cannot_be_read_is_deleted_like_any_other(tmp_path: 
     file = opened(path)
     file.apply([Remove(receipt.seqs[0], "damaged")], 2.0)
     assert file.tally.rows.total() == 0
+    file.close()
+
+
+def test_an_answer_waits_for_those_to_earlier_questions_of_its_producer(tmp_path: Path) -> None:
+    file = opened(tmp_path / "outbox.sqlite")
+    questions = [Put([Item("ask", producer, id_, b"{}", b"x")]) for id_, producer in ("ap", "bq", "cp")]
+    file.apply(questions, 1.0)
+
+    def answer(id_: str, producer: str, seq: int) -> Any:
+        (outcome,) = file.apply([Put([Item("local", producer, id_, b"{}", b"y")], seq, in_turn=True)], 1.0)
+        return outcome
+
+    assert isinstance(answer("c", "p", 3), NotStored)
+    assert isinstance(answer("b", "q", 2), Receipt)
+    assert isinstance(answer("a", "p", 1), Receipt)
+    assert isinstance(answer("c", "p", 3), Receipt)
+    assert [stored.id for stored in page(file._connection, "local", 0, 9, 1 << 20)] == ["b", "a", "c"]
     file.close()
