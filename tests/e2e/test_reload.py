@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,7 +87,11 @@ def test_a_change_is_applied_and_no_request_is_refused(gateway: Gateway) -> None
     changed = configuration(gateway)
     changed["sensors"] = {"sensors/late": {"model": "digits", "name": "late", "use_cache": False}}
     changed["cloud"]["lanes"][0]["name"] = "renamed"
-    answered = gateway.get("/status")["counters"]["answered"]
+    stranger = urllib.request.Request(f"{gateway.url}/status", headers={"Authorization": "Bearer ea_nobody"})
+    with pytest.raises(urllib.error.HTTPError):
+        urllib.request.urlopen(stranger)
+    before = gateway.get("/status")
+    answered, refused = before["counters"]["answered"], before["security"]["refused"]
     settings = reload(gateway, changed)
     assert (settings["problem"], component(gateway)["state"]) == ("", "up")
     wait_until(gateway.complete, "every tier available")
@@ -94,6 +100,7 @@ def test_a_change_is_applied_and_no_request_is_refused(gateway: Gateway) -> None
     answers.publish("sensors/late", json.dumps({"inputs": gateway.sample("digits")[0]}))
     assert answers.next()["tier"] == "edge_gpu"
     assert gateway.get("/status")["counters"]["answered"] > answered, "counters go on"
+    assert gateway.get("/status")["security"]["refused"] == refused != {}
     outcomes = traffic.stop()
     assert {code for code, _, _ in outcomes} == {200}
     trail = "".join(path.read_text() for path in (gateway.stage.folder / "state" / "audit").iterdir())
