@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if "run" in sys.argv[1:2]:  # A reload that is asked for while the daemon starts is none, and no reason to end.
+if sys.argv[1:2] == ["run"]:  # A reload that is asked for while the daemon starts is none, and no reason to end.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 from agent import __version__, cli_client, cli_explain, cli_mcu, cli_models, cli_security, cli_sim, cli_worker

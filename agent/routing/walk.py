@@ -86,7 +86,7 @@ class Walk:
         self._attempts: list[Attempt] = []
         self._reasons: list[str] = []
         self._failed: list[TargetState] = []
-        self._silent: list[TargetState] = []
+        self._silent: set[str] = set()
         self._cost_usd = 0.0
         self._late = False
 
@@ -131,32 +131,24 @@ class Walk:
             return 0
         now = self._asking.clock.monotonic()
         room_s = self._end - now
-        silent = {state.traits.link for state in self._silent}
-        for position, play in enumerate(left):
-            state = self._states[play.target]
-            if state.traits.link and state.traits.link in silent and self._elsewhere(left, silent, now):
-                continue
+        # Over the link that was silent last, whatever it was that kept the one from answering.
+        order = sorted(range(len(left)), key=lambda position: self._link(left[position]) in self._silent)
+        for position in order:
+            state = self._states[left[position].target]
             gone = standing(state, self._latency_class, now) is not None
             if gone and position == 0:
                 return 0  # to be skipped, and to say why
-            if not gone and state.estimate(self._variants[play], now).p95_s <= room_s:
+            if not gone and state.estimate(self._variants[left[position]], now).p95_s <= room_s:
                 if position:
-                    passed, why = left[0].target, f"not sure to answer in the {room_s * 1e3:.1f} ms left"
-                    if self._states[passed].traits.link in silent:
+                    why = f"not sure to answer in the {room_s * 1e3:.1f} ms left"
+                    if self._link(left[0]) in self._silent:
                         why = "reached over the link that was silent"
-                    self._reasons.append(f"{passed}: put off: {why}")
+                    self._reasons.append(f"{left[0].target}: put off: {why}")
                 return position
         return 0
 
-    def _elsewhere(self, left: Sequence[Play], silent: set[str], now: float) -> bool:
-        """Whether somebody can answer in time who is not reached over a link that was silent."""
-        return any(
-            state.traits.link not in silent
-            and standing(state, self._latency_class, now) is None
-            and now + state.estimate(self._variants[play], now).p95_s <= self._end
-            for play in left
-            for state in (self._states[play.target],)
-        )
+    def _link(self, play: Play) -> str:
+        return self._states[play.target].traits.link
 
     async def _try(self, side: Side, left: list[Play]) -> tuple[TargetAnswer | None, Side]:
         """One attempt, or two that overlap; the second is then taken off what is left."""
@@ -187,7 +179,7 @@ class Walk:
         elif attempt.outcome != "ok":
             self._failed.append(side.state)
             if attempt.outcome == TargetTimeout.code and side.state.traits.link:
-                self._silent.append(side.state)
+                self._silent.add(side.state.traits.link)
             self._reasons.append(f"{attempt.target}: {attempt.outcome} {took}: {attempt.error}")
 
     def _no_answer(self) -> NoAnswer:
@@ -283,12 +275,11 @@ class Walk:
         reserves_s = self._reserves_s(following, now)
         if not reserves_s or room_s - reserves_s[0] >= first_s + self._spare_s(now):
             return None
-        for play in following:
+        link = side.state.traits.link  # over the same one last: what keeps the first from answering may keep the second
+        for play in sorted(following, key=lambda play: bool(link) and self._link(play) == link):
             state, variant = self._states[play.target], self._variants[play]
             if state is side.state or (state.traits.metered and not self._hedge_metered):
                 continue
-            if state.traits.link and state.traits.link == side.state.traits.link:
-                continue  # what keeps the one from answering may keep the other
             estimate = state.estimate(variant, now)
             after_s = max(first_s, room_s - estimate.p95_s)
             if standing(state, self._latency_class, now) is None and after_s + estimate.p50_s <= room_s:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import struct
 import subprocess
@@ -80,8 +81,10 @@ REFUSED = [
 )
 def test_the_numbers_are_those_of_the_kernel(machine: confine._Machine, header: Path, more: list[str]) -> None:
     """arm64 has the generic table, which Debian's headers bring for every machine."""
+    if machine is X86_64 and platform.machine() != "x86_64":
+        pytest.skip("these headers are for another processor")
     if not header.exists():
-        pytest.skip(f"no {header}: another processor, or no linux-libc-dev")
+        pytest.skip("linux-libc-dev is not installed")
     found = {name: int(number) for name, number in re.findall(r"#define __NR_(\w+)\s+(\d+)", header.read_text())}
     assert machine.refused == tuple(found[name] for name in REFUSED + more)
     assert (machine.seccomp, machine.clone, machine.tgkill) == (found["seccomp"], found["clone"], found["tgkill"])

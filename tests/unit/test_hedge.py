@@ -326,9 +326,25 @@ async def test_many_at_once_keep_to_the_places_of_the_target(family: Family) -> 
 
 
 @virtual
-async def test_what_is_reached_over_the_same_link_is_no_second(family: Family) -> None:
+async def test_the_second_is_reached_over_another_link_if_there_is_one(family: Family) -> None:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    first = FakeTarget(Tier.EDGE_MCU, hangs, prior_s=SLOW_S, link="mqtts://one")
+    same = FakeTarget(Tier.CLOUD_GPU, hangs, prior_s=QUICK_S, link="mqtts://one")
+    other = FakeTarget(Tier.EDGE_GPU, prior_s=QUICK_S)
+    right = RIGHT | {"large": 0.95}
+    settings, clock = RoutingSection(), VirtualClock(loop)
+    router = Router([first, same, other], settings, clock, accuracy_of=lambda variant: right[variant.id])
+    request = make_request(clock, 10, latency_class=LatencyClass.REALTIME)
+    ranked = [play.target for play in router.decide(request, family, clock.monotonic())[0].ranked]
+    assert ranked == ["edge_mcu", "cloud_gpu", "edge_gpu"]
+    routed = await router.run(request, family)
+    assert routed.traits.name == "edge_gpu"
+    assert not same.asked
+
+
+@virtual
+async def test_over_the_same_link_is_better_than_no_second(family: Family) -> None:
     pair = Pair(link="mqtts://one")
-    pair.first.behaviour = takes(0.009)
     routed = await pair.run(family)
-    assert not pair.second.asked
-    assert outcomes(routed.attempts) == [("edge_mcu", "ok")]
+    assert routed.traits.name == "edge_gpu"

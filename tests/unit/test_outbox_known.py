@@ -113,6 +113,20 @@ def test_what_is_found_is_what_is_there(todo: Any, recent: int) -> None:
         ledger.connection.close()
 
 
+def test_where_python_hashes_to_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 400,000 keys a score would collide: whichever came last would be the only one that is known."""
+    monkeypatch.setattr(outbox_known, "_WIDE", False)
+    names = {outbox_known.hashed("p", str(number)) for number in range(100_000)}
+    assert len(names) == 100_000
+    assert min(names) < -(2**62) and max(names) > 2**62 and max(names) < 2**63
+    ledger = Ledger()
+    ledger.move("add", 1, False)
+    ledger.move("commit", False)
+    ledger.move("reload", False)
+    assert ledger.known.find(ledger.connection, "p", "1") is not None
+    ledger.connection.close()
+
+
 def test_a_lost_repeat_would_be_noticed() -> None:
     """The ledger above is not blind: a key that is not found again fails it."""
     ledger = Ledger()

@@ -6,6 +6,8 @@ import asyncio
 import gc
 import logging
 import socket
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +98,16 @@ async def test_a_defect_in_a_reload_leaves_what_runs(
     assert app.reloads.status()["refused"] == 1 and "a defect" in app.reloads.problem
     assert app.metrics.render(), "the scrape still reads what runs"
     assert last_words(caplog).msg == "reload refused"
+
+
+def test_a_reload_that_is_asked_for_during_the_start_ends_nothing() -> None:
+    """From the first import on, which is what takes longest."""
+    code = (
+        "import signal, sys; sys.argv = ['edge-agent', 'run']; import agent.cli;"
+        " print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    assert done.stdout == "True\n"
 
 
 def test_what_stays_is_passed_over_by_the_garbage_collector_and_what_went_is_not() -> None:
